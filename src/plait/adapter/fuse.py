@@ -1,0 +1,113 @@
+"""Writing the active adapters into the base weights, and taking them out again bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.adapter.attach import active_entries
+from plait.adapter.plans import Weight
+from plait.adapter.delta import Delta
+from plait.adapter.state import ModelState, get_state
+from plait.errors import PlaitError
+
+
+def fuse(model: nn.Module, *, keep_base: bool = True) -> None:
+    """Fold the active adapters into W (and the bias); their forward cost is then zero.
+
+    The old parameters are kept aside (one copy of the touched weights) so that `unfuse` is an exchange of
+    pointers and exact; `keep_base=False` saves that memory and cannot be undone. A fused weight is
+    a new parameter, so a tied one (embedding and head) is untied at the fused module only.
+
+    Raises PlaitError when an active delta is not linear in its input, or the base is quantised.
+    """
+    state = get_state(model)
+    if state.fused is not None:
+        raise PlaitError("adapters are already fused; plait.unfuse(model) first.")
+    plans = _entries_by_module(state)
+    for _, entries in plans:
+        for delta, _ in entries:
+            _check_fusable(delta)
+    record: dict[str, Any] = {"old": [], "kept": keep_base}
+    with torch.no_grad():
+        for module, entries in plans:
+            for name, value in _fused_values(entries).items():
+                record["old"].append((module, name, module._parameters.get(name)))
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            module.__dict__["_plait_plan"] = None
+    if not keep_base:
+        record["old"] = []
+    state.fused = record
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undo `fuse`: the very same base parameters are put back."""
+    state = get_state(model)
+    if state.fused is None:
+        raise PlaitError("nothing is fused.")
+    if not state.fused["kept"]:
+        raise PlaitError("fused with keep_base=False: the base weights are gone; reload the base model.")
+    for module, name, old in state.fused["old"]:
+        module._parameters[name] = old
+    state.fused = None
+    from plait.adapter.attach import set_active
+
+    set_active(model, state.active)
+
+
+def _entries_by_module(state: ModelState) -> list[tuple[nn.Module, list[tuple[Delta, Weight]]]]:
+    modules: dict[int, nn.Module] = {}
+    for name in state.active:
+        for delta in state.adapters[name].deltas.values():
+            modules[id(delta.site.base)] = delta.site.base
+    found = [(m, active_entries(state, m)) for m in modules.values()]
+    return [(m, entries) for m, entries in found if entries]
+
+
+def _check_fusable(delta: Delta) -> None:
+    path = delta.site.path
+    if not delta.traits.linear_in_x:
+        raise PlaitError(
+            f"the delta at {path!r} ({type(delta).__name__}) is not linear in its input and cannot be "
+            "fused; keep it attached."
+        )
+    if delta.traits.edits_base:
+        raise PlaitError(f"the delta at {path!r} already lives in the weights; there is nothing to fuse.")
+    weight = delta.site.weight()
+    if not weight.is_floating_point():
+        raise PlaitError(f"the base at {path!r} is quantised; dequantise it before fusing.")
+    if hasattr(weight, "full_tensor"):
+        raise PlaitError(f"the weight at {path!r} is sharded; gather the model before fusing.")
+
+
+def _fused_values(entries: list[tuple[Delta, Weight]]) -> dict[str, Tensor]:
+    """{parameter name: base + change} of one module."""
+    values: dict[str, Tensor] = {}
+    outputs = [(d, w) for d, w in entries if d.site.kind != "parameter"]
+    for delta, weight in entries:
+        if delta.site.kind == "parameter":
+            name = delta.site.path.rpartition(".")[2]
+            old = values.get(name, delta.site.weight())
+            values[name] = old + (weight * delta.dense()).to(old.dtype)
+    if outputs:
+        site = outputs[0][0].site
+        values["weight"] = site.replacement(_plus_changes(site.weight(), outputs))
+        changes = [(w, b) for d, w in outputs if (b := d.bias()) is not None]
+        if changes:
+            old_bias = values.get("bias", site.bias())
+            total = torch.stack([w * b for w, b in changes]).sum(0)
+            values["bias"] = total.to(site.weight().dtype) if old_bias is None else old_bias + total
+    return values
+
+
+def _plus_changes(weight: Tensor, entries: list[tuple[Delta, Weight]]) -> Tensor:
+    for delta, scale in entries:
+        low = delta.factors()
+        if low is not None and not isinstance(scale, Tensor):
+            B, A = low.B.to(weight.dtype), low.A.to(weight.dtype)
+            weight = torch.addmm(weight, B, A, alpha=low.scale * scale)
+        else:
+            weight = weight + (scale * delta.dense()).to(weight.dtype)
+    return weight

@@ -1,0 +1,107 @@
+"""The records that a method, an initialiser, a rule or a router publishes: one `METHOD` a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from plait.adapter.delta import Delta, Options, Traits
+from plait.adapter.site import Site
+from plait.adapter.targets import Targets
+
+AXES = ("parameterisation", "initialisation", "rule", "routing")
+
+Count = Callable[[Sequence[Site], Any], int]
+Choose = Callable[[nn.Module, Any], list[tuple[Site, type[Delta]]]]
+
+
+@dataclass(frozen=True)
+class PeftCodec:
+    """How a method stands in a PEFT folder; `plait.formats.peft` drives it.
+
+    `type` is PEFT's peft_type; `config(options, sites) -> dict` and `options(config) -> dict` translate
+    the configuration; `keys` maps our parameter names to PEFT's (`{"A": "lora_A.weight"}`);
+    `read(delta, tensors, config)` and `write(delta) -> dict` override `keys` where shapes differ.
+    """
+
+    type: str
+    config: Callable[[Any, Sequence[Site]], dict[str, Any]]
+    options: Callable[[dict[str, Any]], dict[str, Any]]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    read: Callable[[Delta, dict[str, torch.Tensor], dict[str, Any]], None] | None = None
+    write: Callable[[Delta], dict[str, torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the registry: a published system, or a preset combining several pieces."""
+
+    name: str
+    title: str
+    paper: str
+    axis: str
+    options: type[Options] = Options
+    delta: type[Delta] | None = None
+    count: Count | None = None
+    """Trainable parameters over all sites, by formula."""
+    initializer: type[Initializer] | None = None
+    rule: type[Any] | None = None
+    targets: Targets = "all-linear"
+    choose: Choose | None = None
+    """Which delta goes to which site, for methods that mix several (else `delta` everywhere)."""
+    peft: PeftCodec | None = None
+
+    def __reduce__(self) -> Any:
+        return _by_name, (self.name,)  # records hold functions: pickle the name instead
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return self.delta.kinds if self.delta is not None else frozenset()
+
+    @property
+    def traits(self) -> Traits:
+        return self.delta.traits if self.delta is not None else Traits()
+
+    @property
+    def reference(self) -> str:
+        """One line for tables."""
+        return f"{self.title}. {self.paper}"
+
+
+def _by_name(name: str) -> Method:
+    from plait.adapter.registry import get_method
+
+    return get_method(name)
+
+
+def per_site(formula: Callable[[Site, Any], int]) -> Count:
+    """A parameter count that is a sum over sites."""
+    return lambda sites, options: sum(formula(site, options) for site in sites)
+
+
+class Initializer:
+    """Where a delta starts. Subclasses are dataclasses whose fields are the options.
+
+    `needs` names the statistics that `collect` must provide (of {"gradient", "input_covariance",
+    "inputs"}); an empty set means that the base weight is enough.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def collect(
+        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None
+    ) -> dict[str, Any]:
+        """One streaming pass over `data` for what `needs` names; {path: statistics}."""
+        return {}
+
+    def ranks(self, sites: Sequence[Site], statistics: dict[str, Any], rank: int) -> dict[str, int]:
+        """Ranks that differ from the options' (0 leaves a site out)."""
+        return {}
+
+    def start(self, delta: Delta, statistics: Any) -> None:
+        """Write the start of one delta, after its own `reset`."""
+        raise NotImplementedError

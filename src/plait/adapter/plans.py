@@ -1,0 +1,181 @@
+"""What an adapted module runs: one small callable, chosen when adapters are activated.
+
+Choosing once and not per call keeps the forward free of look-ups and of branches on methods; each
+plan asks only traits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait import kernels
+from plait.adapter.delta import Delta, add_change
+from plait.adapter.pair import PairDelta
+from plait.adapter.site import LinearSite, Site, base_class
+from plait.errors import PlaitError
+
+Weight = float | Tensor
+Entry = tuple[Delta, Weight]
+
+
+class Fused:
+    """Low-rank deltas on a linear layer with a plain weight: one fused node."""
+
+    def __init__(self, site: Site, entries: Sequence[Entry]) -> None:
+        self.site, self.entries = site, list(entries)
+        self.module = site.base
+        self.transposed = type(site) is not LinearSite
+        self.delta, self.single_weight = entries[0] if len(entries) == 1 else (None, 1.0)
+
+    def factors(self) -> tuple[Tensor, Tensor, float, float]:
+        """A, B, scale and dropout of what is active here."""
+        if self.delta is None:
+            return _concatenated(self.entries)
+        low = self.delta.factors()
+        assert low is not None
+        weight = self.single_weight
+        dropout = getattr(self.delta, "dropout", 0.0)
+        if isinstance(weight, Tensor):
+            return low.A, low.B * weight, low.scale, dropout
+        return low.A, low.B, low.scale * weight, dropout
+
+    def __call__(self, x: Tensor) -> Tensor:
+        A, B, scale, dropout = self.factors()
+        module: Any = self.module
+        weight = module.weight.t() if self.transposed else module.weight
+        return kernels.lora_linear(x, weight, module.bias, A, B, scale, dropout=dropout)
+
+
+class Added:
+    """Low-rank deltas beside a base that only shows its forward (quantised, subclassed)."""
+
+    def __init__(self, site: Site, entries: Sequence[Entry]) -> None:
+        self.site = site
+        self.inner = Fused(site, entries)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        A, B, scale, dropout = self.inner.factors()
+        return kernels.lora_add(self.site.forward(x), x, A, B, scale, dropout=dropout)
+
+
+def _concatenated(entries: Sequence[Entry]) -> tuple[Tensor, Tensor, float, float]:
+    lows = [(delta.factors(), weight) for delta, weight in entries]
+    A = torch.cat([low.A for low, _ in lows if low is not None], dim=0)
+    B = torch.cat([low.B * (low.scale * weight) for low, weight in lows if low is not None], dim=1)
+    return A, B, 1.0, getattr(entries[0][0], "dropout", 0.0)
+
+
+class Solo:
+    """One delta at full weight: its own adapted forward."""
+
+    def __init__(self, delta: Delta) -> None:
+        self.delta = delta
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.delta.adapt(*args, **kwargs)
+
+
+class Stack:
+    """Several deltas, or a weighted one: base + sum of weight x change."""
+
+    def __init__(self, site: Site, entries: Sequence[Entry]) -> None:
+        self.site, self.entries = site, list(entries)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        output = self.site.forward(*args, **kwargs)
+
+        def change(y: Tensor) -> Tensor:
+            total = sum(w * d(y if d.site.kind == "module" else x, y) for d, w in self.entries)
+            assert isinstance(total, Tensor)
+            return total
+
+        return add_change(output, change)
+
+
+class Rows:
+    """Another adapter for every row of the batch."""
+
+    def __init__(self, site: Site, groups: Mapping[Delta, Tensor], rows: int) -> None:
+        self.site, self.groups, self.rows = site, dict(groups), rows
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if x.shape[0] != self.rows:
+            raise PlaitError(
+                f"per_row names {self.rows} rows, but the batch at {self.site.path!r} has "
+                f"{x.shape[0]}; give one adapter name (or None) per row."
+            )
+        output = self.site.forward(*args, **kwargs)
+        y = output[0] if isinstance(output, tuple) else output
+        for delta, index in self.groups.items():
+            rows = index.to(y.device)
+            of_rows = y.index_select(0, rows)
+            seen = of_rows if delta.site.kind == "module" else x.index_select(0, rows)
+            y = y.index_add(0, rows, delta(seen, of_rows).to(y.dtype))
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+class WithParameters:
+    """A module whose forward reads changed parameters (packed experts, biases)."""
+
+    def __init__(self, module: nn.Module, by_name: Mapping[str, Sequence[Entry]], inner: Any) -> None:
+        self.module, self.by_name, self.inner = module, dict(by_name), inner
+
+    def _live(self, name: str, entries: Sequence[Entry]) -> Tensor:
+        value = self.module._parameters[name]
+        assert value is not None
+        total: Tensor = value
+        for delta, weight in entries:
+            total = total + (weight * delta.dense()).to(value.dtype)
+        return total
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Computed once a forward: an expert loop reads the packed tensor once for each expert.
+        live = {name: self._live(name, entries) for name, entries in self.by_name.items()}
+        self.module.__dict__["_plait_live"] = live
+        try:
+            if self.inner is not None:
+                return self.inner(*args, **kwargs)
+            return base_class(self.module).forward(self.module, *args, **kwargs)
+        finally:
+            self.module.__dict__.pop("_plait_live", None)
+
+
+def choose_plan(module: nn.Module, entries: Sequence[Entry]) -> Any:
+    """The plan for what is active on one module, or None for the base alone."""
+    active = [(d, w) for d, w in entries if isinstance(w, Tensor) or w != 0]
+    named: dict[str, list[Entry]] = {}
+    rest: list[Entry] = []
+    for delta, weight in active:
+        if delta.site.kind == "parameter":
+            named.setdefault(delta.site.path.rpartition(".")[2], []).append((delta, weight))
+        else:
+            rest.append((delta, weight))
+    inner = _plan_of_outputs(rest) if rest else None
+    return WithParameters(module, named, inner) if named else inner
+
+
+def _plan_of_outputs(entries: Sequence[Entry]) -> Any:
+    site = entries[0][0].site
+    low_rank = all(d.traits.low_rank and d.site.kind == "linear" for d, _ in entries)
+    alone = len(entries) == 1
+    if low_rank and (alone or _same_dropout(entries)):
+        return Fused(site, entries) if _has_plain_weight(site) else Added(site, entries)
+    if alone and not isinstance(entries[0][1], Tensor) and entries[0][1] == 1:
+        return Solo(entries[0][0])
+    return Stack(site, entries)
+
+
+def _same_dropout(entries: Sequence[Entry]) -> bool:
+    return len({d.options.dropout for d, _ in entries if isinstance(d, PairDelta)}) <= 1
+
+
+def _has_plain_weight(site: Site) -> bool:
+    cls = base_class(site.base)
+    plain = cls.forward is nn.Linear.forward or cls.__name__ == "Conv1D"
+    return plain and site.weight().is_floating_point()

@@ -1,0 +1,1 @@
+"""Initialisations: where the factors of an adapter start."""

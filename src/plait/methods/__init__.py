@@ -1,0 +1,1 @@
+"""Parameterisations: one paper, one file, named after it."""

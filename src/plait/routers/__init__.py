@@ -1,0 +1,1 @@
+"""Routers: which deltas act, for which token."""

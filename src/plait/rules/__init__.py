@@ -1,0 +1,1 @@
+"""Rules: how parameters move (learning rates, gradients, ranks, layers)."""
