@@ -100,9 +100,13 @@ class Adapter:
         """Copy `tensors` in; names and shapes must be exactly this adapter's."""
         mine = self._targets()
         if missing := sorted(set(mine) - set(tensors)):
-            raise FormatError(f"adapter {self.name!r}: tensor {missing[0]!r} is missing ({len(missing)} in all).")
+            raise FormatError(
+                f"adapter {self.name!r}: tensor {missing[0]!r} is missing ({len(missing)} in all)."
+            )
         if extra := sorted(set(tensors) - set(mine)):
-            raise FormatError(f"adapter {self.name!r}: tensor {extra[0]!r} is unknown ({len(extra)} in all).")
+            raise FormatError(
+                f"adapter {self.name!r}: tensor {extra[0]!r} is unknown ({len(extra)} in all)."
+            )
         for key, target in mine.items():
             if target.shape != tensors[key].shape:
                 raise FormatError(

@@ -159,7 +159,9 @@ def _check_free(model: nn.Module, name: str) -> None:
     _refuse_fused(state, "attach")
 
 
-def install(model: nn.Module, adapter: Adapter, *, activate: bool = True, train: bool = True) -> Adapter:
+def install(
+    model: nn.Module, adapter: Adapter, *, activate: bool = True, train: bool = True
+) -> Adapter:
     """Put a built adapter's deltas on its sites (whose modules belong to `model`)."""
     state = make_state(model)
     if not state.adapters:
@@ -376,4 +378,3 @@ def _check_shape(delta: Delta, module: nn.Module) -> None:
             f"{list(site.shape)}; is it the right base model?"
         )
     delta.site = type(made or site)(site.path, site.shape, module, site.details)
-

@@ -72,7 +72,9 @@ def low_rank_of(
             return low.truncate(rank=rank, energy=energy)
         dense = delta.dense()
         if dense.dim() != 2:
-            raise PlaitError(f"{delta.site.path!r} is a packed tensor; export it in Plait's format.")
+            raise PlaitError(
+                f"{delta.site.path!r} is a packed tensor; export it in Plait's format."
+            )
         if rank is None and energy is None:
             energy = DEFAULT_ENERGY
         U, S, Vh = torch.linalg.svd(dense.float(), full_matrices=False)

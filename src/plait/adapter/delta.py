@@ -120,7 +120,9 @@ class Delta(nn.Module):
         """The adapted output: base + change. Override for a faster or a replacing form."""
         x = args[0] if args else next(iter(kwargs.values()))
         y = self.site.forward(*args, **kwargs)
-        return add_change(y, lambda out: self.forward(x if self.site.kind != "module" else out, out))
+        return add_change(
+            y, lambda out: self.forward(x if self.site.kind != "module" else out, out)
+        )
 
     def activated(self) -> None:
         """Called when the adapter becomes active (deltas with `edits_base` write W here)."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapter.attach import active_entries
-from plait.adapter.plans import Weight
 from plait.adapter.delta import Delta
+from plait.adapter.plans import Weight
 from plait.adapter.state import ModelState, get_state
 from plait.errors import PlaitError
 
@@ -48,7 +48,9 @@ def unfuse(model: nn.Module) -> None:
     if state.fused is None:
         raise PlaitError("nothing is fused.")
     if not state.fused["kept"]:
-        raise PlaitError("fused with keep_base=False: the base weights are gone; reload the base model.")
+        raise PlaitError(
+            "fused with keep_base=False: the base weights are gone; reload the base model."
+        )
     for module, name, old in state.fused["old"]:
         module._parameters[name] = old
     state.fused = None
@@ -74,7 +76,9 @@ def _check_fusable(delta: Delta) -> None:
             "fused; keep it attached."
         )
     if delta.traits.edits_base:
-        raise PlaitError(f"the delta at {path!r} already lives in the weights; there is nothing to fuse.")
+        raise PlaitError(
+            f"the delta at {path!r} already lives in the weights; there is nothing to fuse."
+        )
     weight = delta.site.weight()
     if not weight.is_floating_point():
         raise PlaitError(f"the base at {path!r} is quantised; dequantise it before fusing.")

@@ -123,7 +123,9 @@ class Rows:
 class WithParameters:
     """A module whose forward reads changed parameters (packed experts, biases)."""
 
-    def __init__(self, module: nn.Module, by_name: Mapping[str, Sequence[Entry]], inner: Any) -> None:
+    def __init__(
+        self, module: nn.Module, by_name: Mapping[str, Sequence[Entry]], inner: Any
+    ) -> None:
         self.module, self.by_name, self.inner = module, dict(by_name), inner
 
     def _live(self, name: str, entries: Sequence[Entry]) -> Tensor:

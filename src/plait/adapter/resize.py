@@ -39,8 +39,6 @@ def _swap_in_optimizer(
         return
     tail = torch.zeros_like(extra)
     optimizer.state[new] = {
-        key: carry(value, tail)
-        if isinstance(value, Tensor) and value.shape == old.shape
-        else value
+        key: carry(value, tail) if isinstance(value, Tensor) and value.shape == old.shape else value
         for key, value in state.items()
     }

@@ -109,7 +109,9 @@ class Rule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise PlaitError(f"rule {type(self).__name__} keeps no state, but the checkpoint has some.")
+            raise PlaitError(
+                f"rule {type(self).__name__} keeps no state, but the checkpoint has some."
+            )
 
 
 def make_rule(spec: str | Rule | dict[str, Any]) -> Rule:
@@ -236,7 +238,10 @@ def training_adapters(model: nn.Module) -> list[Adapter]:
 def default_groups(run: Run) -> list[dict[str, Any]]:
     """One group with every trained adapter parameter, by name."""
     named = [
-        (f"{a.name}/{n}", p) for a in run.adapters for n, p in a.named_parameters() if p.requires_grad
+        (f"{a.name}/{n}", p)
+        for a in run.adapters
+        for n, p in a.named_parameters()
+        if p.requires_grad
     ]
     return [make_group(named, run.lr, run.weight_decay)]
 
@@ -254,7 +259,9 @@ def make_group(
     }
 
 
-def split_group(group: dict[str, Any], chosen: Callable[[str, nn.Parameter], bool]) -> tuple[Any, Any]:
+def split_group(
+    group: dict[str, Any], chosen: Callable[[str, nn.Parameter], bool]
+) -> tuple[Any, Any]:
     """A group as two: the parameters that `chosen` picks, and the rest; other keys are copied."""
     named = list(zip(group["names"], group["params"], strict=True))
     rest = {k: v for k, v in group.items() if k not in ("params", "names")}
