@@ -1,0 +1,23 @@
+"""Linear algebra that adapters share: factored matrices, randomised SVD, solvers, transforms."""
+
+from plait.linalg.lowrank import LowRank
+from plait.linalg.rsvd import low_rank_approximation, randomized_svd
+from plait.linalg.solvers import (
+    damped_inverse,
+    principal_angles,
+    procrustes,
+    sylvester_symmetric,
+)
+from plait.linalg.transforms import kron_matvec, wht
+
+__all__ = [
+    "LowRank",
+    "damped_inverse",
+    "kron_matvec",
+    "low_rank_approximation",
+    "principal_angles",
+    "procrustes",
+    "randomized_svd",
+    "sylvester_symmetric",
+    "wht",
+]

@@ -1,0 +1,101 @@
+"""Randomised SVD of a dense matrix: the leading singular triplets at the cost of a few products.
+
+Halko, Martinsson, Tropp, "Finding structure with randomness", 2011, arXiv 0909.4061: sketch the
+range with a random matrix, sharpen it by power iterations with a QR after every product (without
+it, float32 loses each direction below the square root of its precision), project, and take a
+small SVD.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from plait.linalg.lowrank import LowRank
+from plait.linalg.precision import require_finite, working_dtype
+
+
+def randomized_svd(
+    M: Tensor,
+    rank: int,
+    *,
+    oversample: int = 8,
+    power_iterations: int = 2,
+    generator: torch.Generator | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U [..., m, rank], S [..., rank], Vh [..., rank, n] of M [..., m, n], in working precision.
+
+    `oversample`: extra sketch columns; `power_iterations`: more of them for a slowly decaying
+    spectrum, each two products with M. The sketch is drawn from `generator`, else from a CPU
+    generator seeded with `seed`: the global random state is neither read nor changed, and devices
+    agree. With rank + oversample >= min(m, n) the exact SVD is taken, as a sketch would be no
+    smaller than M. Raises ValueError for rank outside 0..min(m, n), NaN or infinity, or negative
+    options.
+    """
+    _check(M, rank, oversample, power_iterations)
+    M = M.to(working_dtype(M.dtype))
+    width = rank + oversample
+    if width >= min(M.shape[-2:]):
+        return _leading(torch.linalg.svd(M, full_matrices=False), rank)
+    if M.shape[-2] < M.shape[-1]:
+        # The tall orientation needs the random matrix on the shorter side only.
+        V, S, Uh = _sketched_svd(M.mT, width, power_iterations, generator, seed)
+        return _leading((Uh.mT, S, V.mT), rank)
+    return _leading(_sketched_svd(M, width, power_iterations, generator, seed), rank)
+
+
+def low_rank_approximation(
+    M: Tensor, rank: int, method: Literal["randomized", "exact"] = "randomized", *, seed: int = 0
+) -> LowRank:
+    """M [..., m, n] approximated in `rank`, as a LowRank of M's dtype with sqrt(S) on both sides.
+
+    "exact" takes the full SVD (the best approximation there is), "randomized" the sketch of
+    `randomized_svd`, reproducible from `seed`. Raises ValueError as that does, or for another
+    method.
+    """
+    if method == "randomized":
+        factors = randomized_svd(M, rank, seed=seed)
+    elif method == "exact":
+        _check(M, rank, 0, 0)
+        full = torch.linalg.svd(M.to(working_dtype(M.dtype)), full_matrices=False)
+        factors = _leading(full, rank)
+    else:
+        raise ValueError(
+            f"low_rank_approximation: unknown method {method!r}; give 'randomized' or 'exact'"
+        )
+    return LowRank.from_svd(*factors, dtype=M.dtype)
+
+
+def _sketched_svd(
+    M: Tensor, width: int, iterations: int, generator: torch.Generator | None, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if generator is None:
+        generator = torch.Generator().manual_seed(seed)
+    size = (*M.shape[:-2], M.shape[-1], width)
+    sketch = torch.randn(size, generator=generator, device=generator.device, dtype=M.dtype)
+    Q = torch.linalg.qr(M @ sketch.to(M.device)).Q
+    for _ in range(iterations):
+        Z = torch.linalg.qr(M.mT @ Q).Q
+        Q = torch.linalg.qr(M @ Z).Q
+    U, S, Vh = torch.linalg.svd(Q.mT @ M, full_matrices=False)
+    return Q @ U, S, Vh
+
+
+def _leading(factors: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = factors
+    return U[..., :rank], S[..., :rank], Vh[..., :rank, :]
+
+
+def _check(M: Tensor, rank: int, oversample: int, iterations: int) -> None:
+    if M.ndim < 2 or not 0 <= rank <= min(M.shape[-2:]):
+        raise ValueError(
+            f"randomized SVD: rank {rank} for a matrix of shape {tuple(M.shape)}; "
+            "give a rank from 0 to the shorter side"
+        )
+    if oversample < 0 or iterations < 0:
+        raise ValueError(
+            f"randomized SVD: oversample {oversample} and power_iterations {iterations}; "
+            "give 0 or more of each"
+        )
+    require_finite(M, "the matrix", "randomized SVD")
