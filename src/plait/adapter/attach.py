@@ -176,6 +176,8 @@ def install(
         store.add_module(delta_key(adapter.name, path, kind), delta)
         delta.context = state.context
         delta.train(delta.site.base.training)
+        with torch.no_grad():
+            delta.attached()
     adapter.requires_grad_(train)
     if activate:
         set_active(model, {adapter.name: 1.0})

@@ -124,6 +124,13 @@ class Delta(nn.Module):
             y, lambda out: self.forward(x if self.site.kind != "module" else out, out)
         )
 
+    def attached(self) -> None:
+        """Called once the site has its module and the parameters their values (started or loaded).
+
+        The place to derive what depends on W and is not worth storing (singular vectors, norms):
+        `seeded_value` keeps it out of the file.
+        """
+
     def activated(self) -> None:
         """Called when the adapter becomes active (deltas with `edits_base` write W here)."""
 

@@ -28,6 +28,9 @@ from plait.adapter.state import find_state
 from plait.errors import PlaitError, unknown
 
 
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
 @dataclass(eq=False)
 class Run:
     """What every rule of one training run sees."""
@@ -87,6 +90,10 @@ class Rule:
         """Called once, before the optimiser exists."""
         self.run = run
 
+    def optimizer(self) -> OptimizerFactory | None:
+        """The optimiser this rule needs underneath (parameter groups -> optimiser), or None."""
+        return None
+
     def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Change the optimiser's groups (dicts with `params`, `names`, `lr`, `weight_decay`)."""
         return groups
@@ -134,9 +141,6 @@ def make_rule(spec: str | Rule | dict[str, Any]) -> Rule:
     return method.rule(**options)
 
 
-OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-
-
 @dataclass(eq=False)
 class RuleStack:
     """Rules in order over one optimiser.
@@ -171,7 +175,8 @@ class RuleStack:
             rule.check(self.run)
         for rule in self.rules:
             rule.setup(self.run)
-        factory = self.optimizer_factory or torch.optim.AdamW
+        wanted = [f for rule in self.rules if (f := rule.optimizer()) is not None]
+        factory = (wanted or [self.optimizer_factory or torch.optim.AdamW])[0]
         self.optimizer = factory(self.parameter_groups())
         self.run.optimizer = self.optimizer
 

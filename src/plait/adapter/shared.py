@@ -7,6 +7,8 @@ each use, so that whatever replaces parameters (FSDP2, `.to()`) is seen.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,8 @@ class SharedTensors(nn.Module):
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.seed, self.dtype, self.device = seed, dtype, device
+        self.notes: dict[str, Any] = {}
+        """Plain facts that `Delta.prepare` leaves for the deltas (a site's place in a table)."""
 
     def pool(self, name: str, shape: tuple[int, ...], start: str | None = None) -> None:
         """A trainable tensor, zero or drawn from the distribution `start`."""
