@@ -62,6 +62,9 @@ class Delta(nn.Module):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     traits: Traits = Traits()
+    gradient_is_exact: ClassVar[bool] = True
+    """False where the method computes something else than the derivative on purpose (a detached
+    norm, a straight-through estimate): finite differences then prove nothing."""
     context: Context  # what routing needs beside x; set when the adapter is attached
 
     def __init__(self, site: Site, options: Any, build: Build) -> None:

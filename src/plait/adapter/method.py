@@ -54,6 +54,16 @@ class Method:
     choose: Choose | None = None
     """Which delta goes to which site, for methods that mix several (else `delta` everywhere)."""
     peft: PeftCodec | None = None
+    example: Mapping[str, Any] = field(default_factory=dict)
+    """Options that suit tiny layers (12 to 16 features a side), for the test kit and the docs.
+
+    Without it the kit asks for `rank=2` where the options have a rank, and defaults elsewhere.
+    """
+    example_context: Mapping[str, Any] = field(default_factory=dict)
+    """What `plait.routing` must be given before a forward of this method (`{"task": 1}`)."""
+
+    def __deepcopy__(self, memo: Any) -> Method:
+        return self  # a record never changes, and one that is not registered has no name to find
 
     def __reduce__(self) -> Any:
         return _by_name, (self.name,)  # records hold functions: pickle the name instead
