@@ -22,8 +22,9 @@ from plait.adapter.build import (
 )
 from plait.adapter.delta import Delta
 from plait.adapter.method import Initializer, Method
-from plait.adapter.plans import Rows, Weight, choose_plan
+from plait.adapter.plans import Fused, Rows, Weight, choose_plan
 from plait.adapter.seeds import fresh_seed
+from plait.adapter.siblings import link_siblings
 from plait.adapter.site import Site, make_site
 from plait.adapter.state import (
     ModelState,
@@ -245,8 +246,11 @@ def set_active(model: nn.Module, adapters: Mapping[str, Weight]) -> None:
     state.active = dict(adapters)
     for name, adapter in chosen.items():
         _notify(adapter, on=True)
-    for module in _modules_of(state, touched):
+    modules = _modules_of(state, touched)
+    for module in modules:
         module.__dict__["_plait_plan"] = choose_plan(module, active_entries(state, module))
+    plans = [module.__dict__["_plait_plan"] for module in modules]
+    link_siblings(plan for plan in plans if isinstance(plan, Fused))
 
 
 def _notify(adapter: Adapter, on: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from plait import kernels
 from plait.adapter.delta import Delta, add_change
 from plait.adapter.pair import PairDelta
+from plait.adapter.siblings import Siblings
 from plait.adapter.site import LinearSite, Site, base_class
 from plait.errors import PlaitError
 
@@ -25,29 +26,48 @@ Entry = tuple[Delta, Weight]
 class Fused:
     """Low-rank deltas on a linear layer with a plain weight: one fused node."""
 
+    siblings: Siblings | None = None
+
     def __init__(self, site: Site, entries: Sequence[Entry]) -> None:
         self.site, self.entries = site, list(entries)
-        self.module = site.base
+        self.module: Any = site.base
         self.transposed = type(site) is not LinearSite
         self.delta, self.single_weight = entries[0] if len(entries) == 1 else (None, 1.0)
 
-    def factors(self) -> tuple[Tensor, Tensor, float, float]:
-        """A, B, scale and dropout of what is active here."""
+    @property
+    def dropout(self) -> float:
+        return getattr(self.entries[0][0], "dropout", 0.0)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and scale of what is active here."""
         if self.delta is None:
             return _concatenated(self.entries)
         low = self.delta.factors()
         assert low is not None
         weight = self.single_weight
-        dropout = getattr(self.delta, "dropout", 0.0)
         if isinstance(weight, Tensor):
-            return low.A, low.B * weight, low.scale, dropout
-        return low.A, low.B, low.scale * weight, dropout
+            return low.A, low.B * weight, low.scale
+        return low.A, low.B, low.scale * weight
+
+    def pieces(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
+        """Weight, bias, A, B and scale."""
+        module = self.module
+        return (
+            module.weight.t() if self.transposed else module.weight,
+            module.bias,
+            *self.factors(),
+        )
+
+    def compute(self, x: Tensor, seed: int | None = None) -> Tensor:
+        """The output of this linear alone."""
+        return kernels.lora_linear(x, *self.pieces(), dropout=self.dropout, seed=seed)
 
     def __call__(self, x: Tensor) -> Tensor:
-        A, B, scale, dropout = self.factors()
-        module: Any = self.module
-        weight = module.weight.t() if self.transposed else module.weight
-        return kernels.lora_linear(x, weight, module.bias, A, B, scale, dropout=dropout)
+        siblings = self.siblings
+        # Inference tensors have no version counter; a compiler fuses for itself.
+        if siblings is None or torch.compiler.is_compiling() or x.is_inference():
+            return self.compute(x)
+        return siblings.run(self, x)
 
 
 class Added:
@@ -58,15 +78,15 @@ class Added:
         self.inner = Fused(site, entries)
 
     def __call__(self, x: Tensor) -> Tensor:
-        A, B, scale, dropout = self.inner.factors()
-        return kernels.lora_add(self.site.forward(x), x, A, B, scale, dropout=dropout)
+        y = self.site.forward(x)
+        return kernels.lora_add(y, x, *self.inner.factors(), dropout=self.inner.dropout)
 
 
-def _concatenated(entries: Sequence[Entry]) -> tuple[Tensor, Tensor, float, float]:
+def _concatenated(entries: Sequence[Entry]) -> tuple[Tensor, Tensor, float]:
     lows = [(delta.factors(), weight) for delta, weight in entries]
     A = torch.cat([low.A for low, _ in lows if low is not None], dim=0)
     B = torch.cat([low.B * (low.scale * weight) for low, weight in lows if low is not None], dim=1)
-    return A, B, 1.0, getattr(entries[0][0], "dropout", 0.0)
+    return A, B, 1.0
 
 
 class Solo:
