@@ -1,9 +1,9 @@
 """How a module comes to apply deltas without being wrapped.
 
-`adapt_module` gives a module a cached subclass of its own class, `AdaptedLinear(Adapted, Linear)`, and
-one child that holds the deltas by adapter name. Name, place, `isinstance`, hooks, parameters and the
-base's state-dict keys stay what they were; deepcopy and pickle work; the last `release_module`
-puts the class back. (torch.nn.utils.parametrize and FSDP2 do the same.)
+`adapt_module` gives a module a cached subclass of its own class, `AdaptedLinear(Adapted, Linear)`,
+and one child that holds the deltas by adapter name. Name, place, `isinstance`, hooks, parameters
+and the base's state-dict keys stay what they were; deepcopy and pickle work; the last
+`release_module` puts the class back. (torch.nn.utils.parametrize and FSDP2 do the same.)
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class HiddenModules(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_post_hook(_forget_missing)
+
+    def forward(self, x: Any) -> Any:
+        """The identity: nn.Sequential runs every child in turn, and this must not be a step."""
+        return x
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         return super().state_dict() if destination is None and not args else destination
@@ -105,8 +109,16 @@ def adapt_module(module: nn.Module, parameter: str | None = None) -> HiddenModul
 
 
 def _redirect_forward(module: nn.Module, cls: type[nn.Module]) -> None:
-    """accelerate's hooks shadow `forward` on the instance and call `_old_forward`: aim that at us."""
-    if "forward" not in module.__dict__:
+   
+   
+   
+   
+   
+   
+    """accelerate's hooks shadow
+    `forward` on the instance and call
+    `_old_forward`: aim that at
+    us.""" if "forward" not in module.__dict__:
         return
     if "_old_forward" not in module.__dict__:
         raise PlaitError(
