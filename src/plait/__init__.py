@@ -33,6 +33,7 @@ _HOME = {
     "fuse": "plait.adapter",
     "get_method": "plait.adapter",
     "load": "plait.adapter.formats",
+    "merge": "plait.merging",
     "method_names": "plait.adapter",
     "per_row": "plait.adapter",
     "read_adapter": "plait.adapter.formats",
@@ -43,8 +44,8 @@ _HOME = {
 
 __all__ = [*sorted(_HOME), "__version__"]
 
-if TYPE_CHECKING:
-    from plait.adapter import (
+if TYPE_CHECKING:  # the names above, for type checkers and editors
+    from plait.adapter import (  # noqa: F401
         Adapter,
         Delta,
         Method,
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
         routing,
         unfuse,
     )
-    from plait.errors import PlaitError
+    from plait.errors import PlaitError  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:
