@@ -109,16 +109,8 @@ def adapt_module(module: nn.Module, parameter: str | None = None) -> HiddenModul
 
 
 def _redirect_forward(module: nn.Module, cls: type[nn.Module]) -> None:
-   
-   
-   
-   
-   
-   
-    """accelerate's hooks shadow
-    `forward` on the instance and call
-    `_old_forward`: aim that at
-    us.""" if "forward" not in module.__dict__:
+    """accelerate shadows `forward` on the instance and calls `_old_forward`: aim that at us."""
+    if "forward" not in module.__dict__:
         return
     if "_old_forward" not in module.__dict__:
         raise PlaitError(

@@ -35,7 +35,8 @@ class DeltaMap(dict[str, Delta]):
 class Adapter:
     """The deltas of one method under one name.
 
-    Attributes: `deltas` {site path: Delta}; `shared`, what several deltas read; `options`, as given;
+    Attributes: `deltas` {site path: Delta}; `shared`, what several deltas read; `options`, as
+    given;
     `info`, free-form facts kept in the file (base name, fingerprint, training).
     """
 
@@ -87,7 +88,8 @@ class Adapter:
     # -- tensors in and out ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor a file must hold (sharded tensors gathered); seeded ones are not among them."""
+        """Every tensor a file must hold (sharded tensors gathered); seeded ones are not among
+        them."""
         found = {
             f"{path}.{name}": tensor.detach()
             for path, delta in self.deltas.items()
@@ -110,8 +112,8 @@ class Adapter:
         for key, target in mine.items():
             if target.shape != tensors[key].shape:
                 raise FormatError(
-                    f"adapter {self.name!r}: {key!r} has shape {list(tensors[key].shape)} in the file, "
-                    f"but {list(target.shape)} is needed."
+                    f"adapter {self.name!r}: {key!r} has shape {list(tensors[key].shape)} in the "
+                    f"file, but {list(target.shape)} is needed."
                 )
         with torch.no_grad():
             for key, target in mine.items():
@@ -130,7 +132,8 @@ class Adapter:
     # -- the whole life -------------------------------------------------------------------------
 
     def save(self, path: str | Path, format: str = "plait") -> Path:
-        """Write a folder ("plait" or "peft") or a single file ("kohya", "diffusers"), atomically."""
+        """Write a folder ("plait" or "peft") or a single file ("kohya", "diffusers"),
+        atomically."""
         from plait.adapter.formats import save_adapter
 
         return save_adapter(self, path, format)

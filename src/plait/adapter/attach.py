@@ -149,13 +149,14 @@ def _check_free(model: nn.Module, name: str) -> None:
     if state is None:
         if any(is_adapted(m) for m in model.modules()):
             raise PlaitError(
-                f"parts of this {type(model).__name__} already carry adapters that were attached to "
-                "another module; attach to that same module, or detach them first."
+                f"parts of this {type(model).__name__} already carry adapters that were attached "
+                "to another module; attach to that same module, or detach them first."
             )
         return
     if name in state.adapters:
         raise PlaitError(
-            f"adapter {name!r} is already attached; choose another name=, or plait.detach(model, {name!r})."
+            f"adapter {name!r} is already attached; choose another name=, or "
+            f"plait.detach(model, {name!r})."
         )
     _refuse_fused(state, "attach")
 
@@ -239,13 +240,15 @@ def set_active(model: nn.Module, adapters: Mapping[str, Weight]) -> None:
     _refuse_fused(state, "activate")
     chosen = {name: state.adapter(name) for name in adapters}
     _check_edits(chosen, adapters)
-    for name in state.active:
-        if name not in adapters and name in state.adapters:
-            _notify(state.adapters[name], on=False)
-    touched = [*state.active, *adapters]
-    state.active = dict(adapters)
+    before = list(state.active)
+    for name in before:
+        if name not in adapters:
+            _notify(state.adapter(name), on=False)
     for name, adapter in chosen.items():
-        _notify(adapter, on=True)
+        if name not in before:
+            _notify(adapter, on=True)
+    touched = [*before, *adapters]
+    state.active = dict(adapters)
     modules = _modules_of(state, touched)
     for module in modules:
         module.__dict__["_plait_plan"] = choose_plan(module, active_entries(state, module))
@@ -265,8 +268,8 @@ def _check_edits(chosen: Mapping[str, Adapter], weights: Mapping[str, Weight]) -
             continue
         if len(chosen) > 1 or isinstance(weights[name], Tensor) or weights[name] != 1:
             raise PlaitError(
-                f"adapter {name!r} ({adapter.method.name}) rewrites base weights while active, so it must "
-                "be active alone and at weight 1; convert it with to_lora() to combine it."
+                f"adapter {name!r} ({adapter.method.name}) rewrites base weights while active, so it "
+                "must be active alone and at weight 1; convert it with to_lora() to combine it."
             )
 
 

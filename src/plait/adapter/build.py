@@ -1,4 +1,5 @@
-"""Building an adapter's deltas from a method, sites and options; shared by attach and the file readers."""
+"""Building an adapter's deltas from a method, sites and options; shared by attach and the file
+readers."""
 
 from __future__ import annotations
 

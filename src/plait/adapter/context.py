@@ -28,8 +28,8 @@ class Context:
     def record(self, path: str, **tensors: Tensor) -> None:
         """Keep this forward's tensors of one router.
 
-        Ignored while autograd runs backward: gradient checkpointing recomputes the forward there, and
-        its tensors would be counted twice (and kept alive).
+        Ignored while autograd runs backward: gradient checkpointing recomputes the forward there,
+        and its tensors would be counted twice (and kept alive).
         """
         if torch._C._current_graph_task_id() == -1:
             self.records[path] = tensors

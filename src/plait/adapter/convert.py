@@ -60,8 +60,8 @@ def low_rank_of(
     """dW of one delta as a LowRank, and the share of its energy that was dropped."""
     if not delta.traits.linear_in_x:
         raise PlaitError(
-            f"the delta at {delta.site.path!r} ({type(delta).__name__}) is not linear in its input, "
-            "so no LoRA equals it."
+            f"the delta at {delta.site.path!r} ({type(delta).__name__}) is not linear in its "
+            "input, so no LoRA equals it."
         )
     with torch.no_grad():
         low = delta.factors()

@@ -8,7 +8,8 @@ A method implements some of
     factors()    dW as an exact LowRank, when the trait `low_rank` says there is one
     adapt(...)   the whole adapted output, when something faster than base + forward exists
 
-and inherits the rest: a delta with factors rides the fused linear, any other is `site.apply(x, dense())`.
+and inherits the rest: a delta with factors rides the fused linear, any other is `site.apply(x,
+dense())`.
 """
 
 from __future__ import annotations

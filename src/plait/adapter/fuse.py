@@ -17,9 +17,10 @@ from plait.errors import PlaitError
 def fuse(model: nn.Module, *, keep_base: bool = True) -> None:
     """Fold the active adapters into W (and the bias); their forward cost is then zero.
 
-    The old parameters are kept aside (one copy of the touched weights) so that `unfuse` is an exchange of
-    pointers and exact; `keep_base=False` saves that memory and cannot be undone. A fused weight is
-    a new parameter, so a tied one (embedding and head) is untied at the fused module only.
+    The old parameters are kept aside (one copy of the touched weights) so that `unfuse` is an
+    exchange of pointers and exact; `keep_base=False` saves that memory and cannot be undone. A
+    fused weight is a new parameter, so a tied one (embedding and head) is untied at the fused
+    module only.
 
     Raises PlaitError when an active delta is not linear in its input, or the base is quantised.
     """
@@ -72,8 +73,8 @@ def _check_fusable(delta: Delta) -> None:
     path = delta.site.path
     if not delta.traits.linear_in_x:
         raise PlaitError(
-            f"the delta at {path!r} ({type(delta).__name__}) is not linear in its input and cannot be "
-            "fused; keep it attached."
+            f"the delta at {path!r} ({type(delta).__name__}) is not linear in its input and "
+            "cannot be fused; keep it attached."
         )
     if delta.traits.edits_base:
         raise PlaitError(

@@ -23,8 +23,9 @@ Choose = Callable[[nn.Module, Any], list[tuple[Site, type[Delta]]]]
 class PeftCodec:
     """How a method stands in a PEFT folder; `plait.formats.peft` drives it.
 
-    `type` is PEFT's peft_type; `config(options, sites) -> dict` and `options(config) -> dict` translate
-    the configuration; `keys` maps our parameter names to PEFT's (`{"A": "lora_A.weight"}`);
+    `type` is PEFT's peft_type; `config(options, sites) -> dict` and `options(config) -> dict`
+    translate the configuration; `keys` maps our parameter names to PEFT's (`{"A":
+    "lora_A.weight"}`);
     `read(delta, tensors, config)` and `write(delta) -> dict` override `keys` where shapes differ.
     """
 

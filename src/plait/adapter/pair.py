@@ -127,7 +127,8 @@ class PairDelta(Delta):
             self.B.copy_(B)
 
     def hold_back(self) -> None:
-        """Subtract the present value of dW from now on, so that training starts at the base model."""
+        """Subtract the present value of dW from now on, so that training starts at the base
+        model."""
         self.register_buffer("held_A", self.A.detach().clone())
         self.register_buffer("held_B", self.B.detach().clone())
 

@@ -8,8 +8,9 @@ A bare loop:
         loss.backward()
         run.step()
 
-Hugging Face's Trainer calls the same hooks from a callback, with the same result: `before_step` when
-gradients are final (accumulated, unscaled, clipped), `after_step` once the optimiser has moved.
+Hugging Face's Trainer calls the same hooks from a callback, with the same result: `before_step`
+when gradients are final (accumulated, unscaled, clipped), `after_step` once the optimiser has
+moved.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from plait.adapter.adapter import Adapter
 from plait.adapter.registry import get_method
 from plait.adapter.state import find_state
 from plait.errors import PlaitError, unknown
-
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -72,7 +72,8 @@ class Rule:
     run: Run
 
     def check(self, run: Run) -> None:
-        """Raise PlaitError when this rule cannot work on these adapters (asks traits, not names)."""
+        """Raise PlaitError when this rule cannot work on these adapters (asks traits, not
+        names)."""
         name = type(self).__name__
         if self.needs_adapter and not run.adapters:
             raise PlaitError(f"rule {name} needs an adapter that trains; attach one first.")
@@ -82,8 +83,8 @@ class Rule:
             without = set(adapter.deltas) - {p.path for p in adapter.pairs()}
             if without:
                 raise PlaitError(
-                    f"rule {name} needs (A, B) pairs, which {adapter.method.name!r} does not have at "
-                    f"{sorted(without)[0]!r}; use a method such as lora."
+                    f"rule {name} needs (A, B) pairs, which {adapter.method.name!r} does not have "
+                    f"at {sorted(without)[0]!r}; use a method such as lora."
                 )
 
     def setup(self, run: Run) -> None:

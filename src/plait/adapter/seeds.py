@@ -1,9 +1,9 @@
 """Frozen random tensors that are regenerated from a seed instead of stored.
 
-Every tensor has its own stream, named by (adapter seed, place, tensor name), so that adding a site or
-reordering them changes nobody else's draw. Drawn on the CPU in float32: CUDA's generator gives other
-numbers for the same seed. A checksum per tensor is kept in the file and compared after loading,
-because a later torch may draw differently.
+Every tensor has its own stream, named by (adapter seed, place, tensor name), so that adding a site
+or reordering them changes nobody else's draw. Drawn on the CPU in float32: CUDA's generator gives
+other numbers for the same seed. A checksum per tensor is kept in the file and compared after
+loading, because a later torch may draw differently.
 """
 
 from __future__ import annotations

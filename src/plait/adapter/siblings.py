@@ -1,10 +1,11 @@
 """Linears that read the same input (q, k, v; gate, up) run as one fused node, without model code.
 
-Nothing tells a module that its sibling will read the same tensor, so this is learned: the first pass
-notes which siblings were called with the very tensor that their first one got. From then on that
-first one computes all of them in one node (one stacked A product, one dropout mask, one accumulated
-input gradient) and the others, when they are called with the same tensor, hand out what is ready.
-A sibling called with anything else computes for itself, and after a few such misses is left out.
+Nothing tells a module that its sibling will read the same tensor, so this is learned: the first
+pass notes which siblings were called with the very tensor that their first one got. From then on
+that first one computes all of them in one node (one stacked A product, one dropout mask, one
+accumulated input gradient) and the others, when they are called with the same tensor, hand out
+what is ready. A sibling called with anything else computes for itself, and after a few such misses
+is left out.
 
 Results never depend on what was learned: a sibling that runs alone on a shared input takes the seed
 of its leader's dropout mask, so the random stream is the same in a resumed run.

@@ -1,7 +1,8 @@
 """`find_sites`: which places of a model a pattern touches.
 
-Accepted targets: "all-linear", "all-conv", "embeddings", "experts", "blocks", "ffn"; a list of names
-(exact path, or its ending after a dot); a regular expression that matches the whole path; or a callable
+Accepted targets: "all-linear", "all-conv", "embeddings", "experts", "blocks", "ffn"; a list of
+names (exact path, or its ending after a dot); a regular expression that matches the whole path; or
+a callable
 `(path, module) -> bool`. Every name or pattern that matches nothing is an error.
 """
 
@@ -47,9 +48,9 @@ def find_sites(
     """The sites that `targets` touches, in the model's order.
 
     `exclude` takes the same forms and is subtracted; `layers` keeps only blocks of these indices
-    (found in the path after `layers.`, `h.`, `block(s).`, or after `layers_pattern`); `kinds` is what
-    the method can act on. Raises PlaitError for a pattern that matches nothing, or that touches a
-    module of a kind the method does not know.
+    (found in the path after `layers.`, `h.`, `block(s).`, or after `layers_pattern`); `kinds` is
+    what the method can act on. Raises PlaitError for a pattern that matches nothing, or that
+    touches a module of a kind the method does not know.
     """
     modules = dict(base_modules(model))
     sites = _select(model, modules, targets, kinds, what="target")
@@ -179,7 +180,8 @@ def _own_parameters(modules: dict[str, nn.Module]) -> Iterable[tuple[str, nn.Mod
 
 
 def block_width(model: nn.Module, block: nn.Module) -> int:
-    """The width of a block's output: the model's hidden size, or the block's own last norm/linear."""
+    """The width of a block's output: the model's hidden size, or the block's own last
+    norm/linear."""
     config = getattr(model, "config", None)
     for name in ("hidden_size", "n_embd", "d_model", "dim"):
         value = getattr(config, name, None)

@@ -2,11 +2,11 @@
 
     x ──► A (r x in) ──► B (out x r) ──► * scaling ──► + W x
 
-dW = scaling * B A, with A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that training starts at the base model.
-scaling = alpha / r, or alpha / sqrt(r) with `rslora` (arXiv 2312.03732). On an embedding A is the table
-and B the projection (A = 0, B ~ N(0, 1)); on a convolution A is a k x k convolution to r channels
-and B a 1 x 1 one; on packed experts [E, out, in] each expert has its own pair.
-Paper: Hu et al., 2021, arXiv 2106.09685. Parameters: r (in + out) a site.
+dW = scaling * B A, with A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that training starts at the
+base model. scaling = alpha / r, or alpha / sqrt(r) with `rslora` (arXiv 2312.03732). On an
+embedding A is the table and B the projection (A = 0, B ~ N(0, 1)); on a convolution A is a k x k
+convolution to r channels and B a 1 x 1 one; on packed experts [E, out, in] each expert has its own
+pair. Paper: Hu et al., 2021, arXiv 2106.09685. Parameters: r (in + out) a site.
 """
 
 from __future__ import annotations
