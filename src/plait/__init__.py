@@ -69,6 +69,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
         unfuse,
     )
     from plait.errors import PlaitError  # noqa: F401
+    from plait.merging import merge  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:
