@@ -1,0 +1,28 @@
+"""The conformance kit: what every adapter method must do, as checks that anybody can run.
+
+    import plait.testing
+    plait.testing.check_method("lora")        # or your own Method; it need not be registered
+
+Each check is a function of a `Case` (a method on one tiny model in one dtype) that raises
+AssertionError, or `NotApplicable` where the method has no such property. `cases(method)` lists what
+concerns a method, for pytest's parametrize.
+"""
+
+from plait.testing.case import Case, NotApplicable, perturb, rebuilt
+from plait.testing.kit import CHECKS, attachable, cases, check_method, kinds_of
+from plait.testing.models import SUBJECTS, make_model, tiny_llama
+
+__all__ = [
+    "CHECKS",
+    "SUBJECTS",
+    "Case",
+    "NotApplicable",
+    "attachable",
+    "cases",
+    "check_method",
+    "kinds_of",
+    "make_model",
+    "perturb",
+    "rebuilt",
+    "tiny_llama",
+]
