@@ -7,13 +7,21 @@ everywhere inside `use_reference()`. Nothing here knows of modules, sites or met
 
 from plait.kernels._gate import use_reference
 from plait.kernels.dropout import dropout_mask, keep_probability
+from plait.kernels.lora_add import lora_add
 from plait.kernels.lora_group import lora_linear_group
 from plait.kernels.lora_linear import lora_linear
+from plait.kernels.multi import PackedFactors, RowPlan, multi_lora_, pack_factors, plan_rows
 
 __all__ = [
+    "PackedFactors",
+    "RowPlan",
     "dropout_mask",
     "keep_probability",
+    "lora_add",
     "lora_linear",
     "lora_linear_group",
+    "multi_lora_",
+    "pack_factors",
+    "plan_rows",
     "use_reference",
 ]

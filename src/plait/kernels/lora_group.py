@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from plait.kernels import dispatch, reference
 from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
-from plait.kernels._lowrank import gain, project, push_back
+from plait.kernels._lowrank import project, push_back, scaled
 from plait.kernels.dropout import Dropout, make_dropout
 
 
@@ -84,7 +84,7 @@ def _products(
     scales: Sequence[float],
     drop: Dropout | None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """(outputs, the stacked u [T, R]), in the dtype of x."""
+    """(outputs, the stacked u [R, T]), in the dtype of x."""
     dtype = x.dtype
     stacked, rows = _stack(As, dtype)
     u = None if stacked is None else project(x.reshape(-1, x.shape[-1]), stacked, drop)
@@ -92,8 +92,7 @@ def _products(
     for weight, bias, B, mine, scale in zip(weights, biases, Bs, rows, scales, strict=True):
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         if u is not None and B is not None and B.shape[1]:
-            flat = y.view(-1, y.shape[-1])
-            flat.addmm_(u[:, mine], B.to(dtype).t(), alpha=gain(scale, drop))
+            y.view(-1, y.shape[-1]).addmm_(u[mine].t(), scaled(B, scale, drop, dtype).t())
         outputs.append(y)
     return tuple(outputs), u
 
@@ -114,7 +113,7 @@ class _LoraGroup(Function):
             *(weights if need_x else [None] * count),
             *factors,
         )
-        ctx.settings = ([gain(scale, drop) for scale in scales], drop, x.shape, x.dtype)
+        ctx.settings = (scales, drop, x.shape, x.dtype)
         return outputs
 
     @staticmethod
@@ -123,7 +122,7 @@ class _LoraGroup(Function):
         count = len(grads)
         x, u, *rest = ctx.saved_tensors
         weights, As, Bs = rest[:count], rest[count:-count], rest[-count:]
-        gains, drop, x_shape, x_dtype = ctx.settings
+        scales, drop, x_shape, x_dtype = ctx.settings
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[-2 * count :]
         # A member whose output was not used takes no part: neither in dx nor in the stack.
         flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
@@ -132,11 +131,11 @@ class _LoraGroup(Function):
             return (None,) * (6 + 2 * count)
         inputs = None if x is None else x.reshape(-1, x_shape[-1])
         with exact_dtypes(live.device.type):
-            grad_bs = _output_gradients(flat, u, As, Bs, gains, needs[count:])
+            grad_bs = _output_gradients(flat, u, As, Bs, scales, drop, needs[count:])
             grad_x = _base_gradient(flat, weights) if need_x else None
             grad_as: list[Tensor | None] = [None] * count
             if need_x or inputs is not None:
-                grad_as = _input_gradients(flat, As, Bs, gains, inputs, grad_x, drop)
+                grad_as = _input_gradients(flat, As, Bs, scales, inputs, grad_x, drop)
         if grad_x is not None:
             grad_x = grad_x.view(x_shape).to(x_dtype)
         return grad_x, None, None, None, None, None, *grad_as, *grad_bs
@@ -147,18 +146,19 @@ def _output_gradients(
     u: Tensor | None,
     As: Sequence[Tensor | None],
     Bs: Sequence[Tensor | None],
-    gains: Sequence[float],
+    scales: Sequence[float],
+    drop: Dropout | None,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """dB_i = gain_i (u_i^T g_i)^T: twice as fast as g_i^T u_i."""
+    """dB_i = scale_i (u_i g_i)^T."""
     found: list[Tensor | None] = []
     top = 0
-    for g, A, B, alpha, need in zip(grads, As, Bs, gains, needs, strict=True):
+    for g, A, B, scale, need in zip(grads, As, Bs, scales, needs, strict=True):
         rank = 0 if A is None else A.shape[0]
         if g is None or u is None or B is None or not need:
             found.append(None)
         else:
-            found.append(u[:, top : top + rank].t().mm(g).t().to(B.dtype).mul(alpha))
+            found.append(scaled(u[top : top + rank].mm(g), scale, drop, B.dtype).t())
         top += rank
     return found
 
@@ -181,7 +181,7 @@ def _input_gradients(
     grads: Sequence[Tensor | None],
     As: Sequence[Tensor | None],
     Bs: Sequence[Tensor | None],
-    gains: Sequence[float],
+    scales: Sequence[float],
     x: Tensor | None,
     grad_x: Tensor | None,
     drop: Dropout | None,
@@ -192,10 +192,10 @@ def _input_gradients(
     stacked, rows = _stack(used, first.dtype)
     if stacked is None:
         return [None] * len(grads)
-    du = first.new_empty(first.shape[0], stacked.shape[0])
-    for g, B, mine, alpha in zip(grads, Bs, rows, gains, strict=True):
+    du = first.new_empty(stacked.shape[0], first.shape[0])
+    for g, B, mine, scale in zip(grads, Bs, rows, scales, strict=True):
         if g is not None and B is not None and B.shape[1]:
-            du[:, mine].addmm_(g, B.to(g.dtype), beta=0, alpha=alpha)
+            torch.mm(scaled(B, scale, drop, g.dtype).t(), g.t(), out=du[mine])
     grad_a = push_back(du, stacked, x, grad_x, drop)
     if grad_a is None:
         return [None] * len(grads)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from plait.kernels import dispatch, reference
 from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
-from plait.kernels._lowrank import gain, project, push_back
+from plait.kernels._lowrank import project, push_back, scaled
 from plait.kernels.dropout import Dropout, make_dropout
 
 
@@ -83,7 +83,7 @@ def _product(
     dtype = x.dtype
     y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     u = project(x.reshape(-1, x.shape[-1]), A.to(dtype), drop)
-    y.view(-1, y.shape[-1]).addmm_(u, B.to(dtype).t(), alpha=gain(scale, drop))
+    y.view(-1, y.shape[-1]).addmm_(u.t(), scaled(B, scale, drop, dtype).t())
     return y, u
 
 
@@ -97,7 +97,7 @@ class _LoraLinear(Function):
         ctx.save_for_backward(
             inputs if need_a else None, u if need_b else None, weight if need_x else None, A, B
         )
-        ctx.settings = (gain(scale, drop), drop, x.shape, x.dtype)
+        ctx.settings = (scale, drop, x.shape, x.dtype)
         return y
 
     @staticmethod
@@ -105,17 +105,17 @@ class _LoraLinear(Function):
     def backward(ctx: Any, grad: Tensor):
         need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         x, u, weight, A, B = ctx.saved_tensors
-        alpha, drop, x_shape, x_dtype = ctx.settings
+        scale, drop, x_shape, x_dtype = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
         dtype = g.dtype
         grad_x = grad_a = grad_b = None
         with exact_dtypes(g.device.type):
-            if need_b:  # (u^T g)^T is twice as fast as g^T u
-                grad_b = u.t().mm(g).t().to(B.dtype).mul(alpha)
+            if need_b:  # as (u g)^T, because g^T u^T is up to five times slower on a CPU
+                grad_b = scaled(u.mm(g), scale, drop, B.dtype).t()
             if need_x:
                 grad_x = g.mm(weight.to(dtype))
             if need_x or need_a:
-                du = g.mm(B.to(dtype)).mul_(alpha)
+                du = scaled(B, scale, drop, dtype).t().mm(g.t())
                 inputs = x.reshape(-1, x_shape[-1]) if need_a else None
                 grad_a = push_back(du, A.to(dtype), inputs, grad_x, drop)
         if grad_x is not None:
