@@ -17,7 +17,6 @@ from plait.adapter import (
     attach,
     bind,
     build_adapter,
-    get_initializer,
     install,
     registry,
     routing,
@@ -59,8 +58,8 @@ class Case:
 
     def attach(self, model: nn.Module, name: str = "a", seed: int = 1, **more: Any) -> Adapter:
         """The method attached to `model`; sites, data and options as this case says."""
-        start = get_initializer(self.method.initializer and self.method.initializer())
-        data = self.data(model) if start is not None and start.needs else None
+        start = self.method.initializer
+        data = self.data(model) if start is not None and start().needs else None
         given = {"targets": self._targets(), "data": data, **self.options, **more}
         return attach(model, self.method, name=name, seed=seed, **given)
 
