@@ -75,6 +75,9 @@ def _select(
         sites = KEYWORDS[targets](model, modules)
         if not sites:
             raise PlaitError(f"{what} {targets!r} matches nothing in {type(model).__name__}.")
+        for site in sites:
+            if kinds is not None and site.kind not in kinds:
+                raise _wrong_kind(site.path, modules, kinds)
         return sites
     if callable(targets):
         paths = [p for p, m in modules.items() if p and targets(p, m)]
@@ -145,14 +148,20 @@ def _make_sites(
         if site is not None and (kinds is None or site.kind in kinds):
             sites.append(site)
         elif strict:
-            module = modules.get(path)
-            found = type(module).__name__ if module is not None else "a parameter"
-            allowed = ", ".join(sorted(kinds or {"a weight"}))
-            raise PlaitError(
-                f"target {path!r} is {found}, and this method acts on: {allowed}; "
-                "name other targets or another method."
-            )
+            raise _wrong_kind(path, modules, kinds)
     return sites
+
+
+def _wrong_kind(
+    path: str, modules: dict[str, nn.Module], kinds: Collection[str] | None
+) -> PlaitError:
+    module = modules.get(path)
+    found = type(module).__name__ if module is not None else "a parameter"
+    allowed = ", ".join(sorted(kinds or {"a weight"}))
+    return PlaitError(
+        f"target {path!r} is {found}, and this method acts on: {allowed}; "
+        "name other targets or another method."
+    )
 
 
 def _site_at(
