@@ -1,0 +1,24 @@
+"""Evaluation: how well adapters answer, and what is in them.
+
+`evaluate` asks a model, `inspect_adapter` looks at the weights.
+"""
+
+from plait.evaluation.evaluate import evaluate
+from plait.evaluation.inspect import AdapterReport, SiteReport, inspect_adapter
+from plait.evaluation.intervals import bootstrap, wilson
+from plait.evaluation.question import Question, read_questions
+from plait.evaluation.results import Evaluation, Result, Score
+
+__all__ = [
+    "AdapterReport",
+    "Evaluation",
+    "Question",
+    "Result",
+    "Score",
+    "SiteReport",
+    "bootstrap",
+    "evaluate",
+    "inspect_adapter",
+    "read_questions",
+    "wilson",
+]
