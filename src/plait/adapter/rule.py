@@ -176,10 +176,18 @@ class RuleStack:
             rule.check(self.run)
         for rule in self.rules:
             rule.setup(self.run)
-        wanted = [f for rule in self.rules if (f := rule.optimizer()) is not None]
-        factory = (wanted or [self.optimizer_factory or torch.optim.AdamW])[0]
+        factory = self._wanted_optimizer() or self.optimizer_factory or torch.optim.AdamW
         self.optimizer = factory(self.parameter_groups())
         self.run.optimizer = self.optimizer
+
+    def _wanted_optimizer(self) -> OptimizerFactory | None:
+        wanted = [(type(r).__name__, f) for r in self.rules if (f := r.optimizer()) is not None]
+        if len(wanted) > 1:
+            names = " and ".join(name for name, _ in wanted)
+            raise PlaitError(
+                f"rules {names} each bring an optimiser of their own; keep one of them."
+            )
+        return wanted[0][1] if wanted else None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's groups after every rule had its say; each trained tensor once."""
