@@ -1,0 +1,31 @@
+"""What rules that train base weights, rather than adapters, share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from plait.adapter.targets import base_modules
+from plait.errors import PlaitError
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{path: parameter} of the base model's floating-point weights; a tied one once."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen or not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            found[f"{path}.{name}" if path else name] = parameter
+    return found
+
+
+def refuse_several_processes(rule: str, why: str) -> None:
+    """DistributedDataParallel fixes the set of parameters when it wraps the model."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        count = distributed.get_world_size()
+        if count > 1:
+            raise PlaitError(f"rule {rule} {why}, which {count} processes cannot; train on one.")
