@@ -23,6 +23,7 @@ from plait.adapter.build import (
 from plait.adapter.delta import Delta
 from plait.adapter.method import Initializer, Method
 from plait.adapter.plans import Fused, Rows, Weight, choose_plan
+from plait.adapter.replacement import add_modules, find_modules
 from plait.adapter.seeds import fresh_seed
 from plait.adapter.siblings import link_siblings
 from plait.adapter.site import Site, make_site
@@ -49,6 +50,7 @@ def attach(
     overrides: Overrides | None = None,
     initializer: str | Initializer | None = None,
     data: Iterable[Any] | None = None,
+    train_modules: Sequence[str] = (),
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     activate: bool = True,
@@ -67,6 +69,8 @@ def attach(
         initializer: where the factors start (`"pissa"`, `LoraGA(gamma=16)`, ...); None takes the
             method's own.
         data: batches (dicts for `model(**batch)`) for initialisers that look at the data.
+        train_modules: whole modules (paths or endings, `["score"]`) of which the adapter trains and
+            saves its own copy; targets within them are left out.
         seed: of all random starts and frozen bases; None draws one from torch's generator.
         dtype: of the adapter; None is float32 (float64 beside a float64 base).
         activate: make it the only active adapter.
@@ -81,8 +85,10 @@ def attach(
     if targets is not None or method.choose is None:
         goal = method.targets if targets is None else targets
         sites = find_sites(model, goal, exclude=exclude, layers=layers, kinds=method.kinds)
-    _check_free(model, name)
+    check_free(model, name)
     pieces = choose_deltas(method, model, sites, chosen)
+    whole = find_modules(model, train_modules)
+    pieces = [(s, c) for s, c in pieces if not any(f"{s.path}.".startswith(f"{w}.") for w in whole)]
     start = registry.get_initializer(initializer or (method.initializer and method.initializer()))
     found = _collect(start, model, pieces, data)
     by_site = options_by_site([s for s, _ in pieces], chosen, overrides or {})
@@ -98,6 +104,7 @@ def attach(
         dtype=dtype,
     )
     _write_starts(adapter, start, found)
+    add_modules(adapter, model, whole)
     return install(model, adapter, activate=activate)
 
 
@@ -144,7 +151,8 @@ def _write_starts(adapter: Adapter, start: Initializer | None, found: dict[str, 
                 start.start(delta, found.get(path))
 
 
-def _check_free(model: nn.Module, name: str) -> None:
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise when no adapter of this name can be attached to the model."""
     state = find_state(model)
     if state is None:
         if any(is_adapted(m) for m in model.modules()):
@@ -373,9 +381,17 @@ def bind(adapter: Adapter, model: nn.Module) -> Adapter:
                 "Is it the right base model?"
             )
         _check_shape(delta, modules[owner])
-        delta.to(delta.site.device)
-    adapter.shared.to(next(iter(adapter.deltas.values())).site.device)
+        _move(delta, delta.site.device)
+    for delta in adapter.deltas.values():
+        _move(adapter.shared, delta.site.device)
+        break
     return adapter
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(t.device != device for t in tensors):  # Module.to() is slow even with nothing to do
+        module.to(device)
 
 
 def _check_shape(delta: Delta, module: nn.Module) -> None:
