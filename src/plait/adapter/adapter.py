@@ -98,8 +98,11 @@ class Adapter:
         found |= {_SHARED + n: t.detach() for n, t in self.shared.state_dict().items()}
         return {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in found.items()}
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy `tensors` in; names and shapes must be exactly this adapter's."""
+    def load_state_dict(self, tensors: Mapping[str, Tensor], assign: bool = False) -> None:
+        """Copy `tensors` in; names and shapes must be exactly this adapter's.
+
+        `assign` takes over the tensors themselves, dtypes included, instead of their values.
+        """
         mine = self._targets()
         if missing := sorted(set(mine) - set(tensors)):
             raise FormatError(
@@ -117,7 +120,10 @@ class Adapter:
                 )
         with torch.no_grad():
             for key, target in mine.items():
-                target.copy_(tensors[key])
+                if assign:
+                    target.data = tensors[key]
+                else:
+                    target.copy_(tensors[key])
 
     def _targets(self) -> dict[str, Tensor]:
         own = {f"{p}.{n}": t for p, d in self.deltas.items() for n, t in d.own_tensors()}

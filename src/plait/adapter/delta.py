@@ -63,18 +63,31 @@ class Delta(nn.Module):
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     traits: Traits = Traits()
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Saved buffers that only some adapters have (a held-back start); a file decides."""
     gradient_is_exact: ClassVar[bool] = True
     """False where the method computes something else than the derivative on purpose (a detached
     norm, a straight-through estimate): finite differences then prove nothing."""
+    site: Site
+    options: Any
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
     context: Context  # what routing needs beside x; set when the adapter is attached
 
     def __init__(self, site: Site, options: Any, build: Build) -> None:
         super().__init__()
-        self.site = site
-        self.options = options
-        self.seed, self.dtype, self.device = build.seed, build.dtype, build.device
-        self.context = Context()
-        object.__setattr__(self, "shared", build.shared)  # owned by the model, not by this delta
+        # Straight into __dict__: nn.Module's __setattr__ is slow, and would make `shared`, which
+        # the model owns, a child of every delta.
+        self.__dict__.update(
+            site=site,
+            options=options,
+            seed=build.seed,
+            dtype=build.dtype,
+            device=build.device,
+            context=Context(),
+            shared=build.shared,
+        )
         self.build()
 
     shared: SharedTensors

@@ -67,6 +67,7 @@ class PairDelta(Delta):
 
     kinds = frozenset({"linear", "conv", "embedding"})
     traits = Traits(low_rank=True)
+    optional = frozenset({"held_A", "held_B"})
     options: PairOptions
     A: Tensor
     B: Tensor
