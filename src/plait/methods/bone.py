@@ -1,0 +1,148 @@
+"""Bone: one small block of numbers shared by all blocks of W (MiSS), or multiplied into them (Bat).
+
+    miss    x ──► cut into slices of r features ──► summed ──► D (r x out) ──► + W x
+            dW[:, block j] = D^T for every j (the last block cut off where r does not divide in)
+    mini    D (r x m) repeated out / m times along the output (`mini_r` = m)
+    bat     dW_ij = W_ij D_i + D_i for the r x r blocks of W, D (out/r x r x r), i the output block
+
+D = 0 at the start. MiSS has rank r and costs one product of inner size r; Bat follows W, has full
+rank in general, needs an r that divides both sides, and builds W + dW at every forward. There is no
+scaling, and D moves in/r tied blocks at once: use a far smaller learning rate than LoRA's.
+Paper: Kang, Yin, 2024, arXiv 2409.15371. Parameters: r out a site, or r m with mini_r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plait.adapter import Delta, Method, Options, Site, Traits, per_site
+from plait.errors import PlaitError
+from plait.linalg import LowRank
+
+
+@dataclass(frozen=True)
+class BoneOptions(Options):
+    rank: int = 64
+    """Size r of a block (paper: 64, as many parameters as LoRA of rank 36 on Llama)."""
+    variant: Literal["miss", "bat"] = "miss"
+    """The sum of slices (the paper's later form), or the multiplicative form that it began with."""
+    mini_r: int | None = None
+    """Width m of D, repeated along the output; must divide it. None means the whole output."""
+    dropout: float = 0.0
+    """Probability of dropping an input feature in training."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise PlaitError(f"rank must be at least 1, not {self.rank}.")
+        if self.variant not in ("miss", "bat"):
+            raise PlaitError(f"variant must be 'miss' or 'bat', not {self.variant!r}.")
+        if self.variant == "bat" and self.mini_r is not None:
+            raise PlaitError("mini_r belongs to variant 'miss'; leave it out for 'bat'.")
+        if not 0 <= self.dropout < 1:
+            raise PlaitError(f"dropout must lie in [0, 1), not {self.dropout}.")
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        """The shape of D at a site."""
+        rows, columns, r = site.out_features, site.in_features, self.rank
+        if self.variant == "bat":
+            if rows % r or columns % r:
+                raise PlaitError(
+                    f"site {site.path!r} is [{rows}, {columns}], which blocks of {r} x {r} do not "
+                    "tile; choose a rank that divides both sides, or variant='miss'."
+                )
+            return rows // r, r, r
+        width = rows if self.mini_r is None else self.mini_r
+        if width < 1 or rows % width:
+            raise PlaitError(
+                f"mini_r={width} does not divide the {rows} outputs of site {site.path!r}."
+            )
+        return r, width
+
+
+class BoneDelta(Delta):
+    options: BoneOptions
+    D: Tensor
+
+    def build(self) -> None:
+        if self.options.variant == "bat":
+            self.traits = Traits(depends_on_base=True)
+        self.parameter("D", *self.options.shape(self.site))
+
+    def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        seen = F.dropout(x, self.options.dropout, self.training)
+        if self.options.variant == "bat":
+            if seen is not x:
+                return super().adapt(x)
+            bias = self.site.bias()  # one product with W + dW instead of two
+            y = self.site.apply(x, self._live_weight().to(x.dtype))
+            return y if bias is None else y + bias
+        y = self.site.forward(x)
+        if self.options.mini_r is not None:
+            return y + self._mini(seen).to(y.dtype)
+        total = self._slice_sum(seen).to(y.dtype)
+        flat = torch.addmm(y.flatten(0, -2), total.flatten(0, -2), self.D.to(y.dtype))
+        return flat.view(y.shape)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        x = F.dropout(x, self.options.dropout, self.training)
+        if self.options.variant == "bat":
+            return self.site.apply(x, self.dense().to(x.dtype))
+        return self._mini(x)
+
+    def _slice_sum(self, x: Tensor) -> Tensor:
+        """[..., r]: the sum of x's slices of r features, the last one padded with zeros."""
+        r = self.options.rank
+        whole = x.shape[-1] // r * r
+        total = x[..., :whole].unflatten(-1, (-1, r)).sum(-2) if whole else None
+        if whole == x.shape[-1]:
+            assert total is not None
+            return total
+        rest = F.pad(x[..., whole:], (0, r - (x.shape[-1] - whole)))
+        return rest if total is None else total + rest
+
+    def _mini(self, x: Tensor) -> Tensor:
+        change = F.linear(self._slice_sum(x), self.D.t().to(x.dtype))
+        times = self.site.out_features // self.D.shape[1]
+        return change.repeat(*[1] * (change.dim() - 1), times) if times > 1 else change
+
+    def factors(self) -> LowRank | None:
+        """B = D^T and A = the identity repeated along the input, for export; None for Bat."""
+        if self.options.variant == "bat":
+            return None
+        inputs = torch.arange(self.site.in_features, device=self.D.device)
+        A = F.one_hot(inputs % self.options.rank, self.options.rank).t().to(self.D.dtype)
+        times = self.site.out_features // self.D.shape[1]
+        return LowRank(B=self.D.t().repeat(times, 1), A=A)
+
+    def dense(self) -> Tensor:
+        if self.options.variant == "miss":
+            return super().dense()
+        W = self.base_weight()
+        blocks = W.unflatten(0, (-1, self.options.rank)).unflatten(2, (-1, self.options.rank))
+        change = torch.einsum("iajb,ibc->iajc", blocks, self.D) + self.D.unsqueeze(2)
+        return change.reshape(W.shape)
+
+    def _live_weight(self) -> Tensor:
+        return self.base_weight() + self.dense()
+
+
+def _count(site: Site, o: BoneOptions) -> int:
+    return torch.Size(o.shape(site)).numel()
+
+
+METHOD = Method(
+    name="bone",
+    title="Bone: block affine adaptation, and its successor MiSS",
+    paper="Kang, Yin, 2024, arXiv 2409.15371",
+    axis="parameterisation",
+    options=BoneOptions,
+    delta=BoneDelta,
+    count=per_site(_count),
+    example={"rank": 4},
+)
