@@ -54,7 +54,11 @@ def site_matches(pattern: str, path: str) -> bool:
 
 def options_by_site(sites: Sequence[Site], options: Any, overrides: Overrides) -> dict[str, Any]:
     """Each site's options; a pattern that matches no site is an error. First match wins."""
-    for pattern in overrides:
+    known = {f.name for f in dataclasses.fields(options)}
+    for pattern, given in overrides.items():
+        for name in given:
+            if name not in known:
+                raise unknown("option", name, known, where=f"the override {pattern!r}")
         if not any(site_matches(pattern, s.path) for s in sites):
             guess = nearest(pattern, [s.path.rpartition(".")[2] for s in sites])
             hint = f"did you mean {guess!r}?" if guess else f"sites look like {sites[0].path!r}."

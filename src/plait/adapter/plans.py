@@ -62,7 +62,8 @@ class Fused:
         """The output of this linear alone."""
         return kernels.lora_linear(x, *self.pieces(), dropout=self.dropout, seed=seed)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = next(iter(named.values())) if x is None else x  # linear(input=x)
         siblings = self.siblings
         # Inference tensors have no version counter; a compiler fuses for itself.
         if siblings is None or torch.compiler.is_compiling() or x.is_inference():
@@ -77,7 +78,8 @@ class Added:
         self.site = site
         self.inner = Fused(site, entries)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        x = next(iter(named.values())) if x is None else x
         y = self.site.forward(x)
         return kernels.lora_add(y, x, *self.inner.factors(), dropout=self.inner.dropout)
 

@@ -52,6 +52,7 @@ def find_sites(
     what the method can act on. Raises PlaitError for a pattern that matches nothing, or that
     touches a module of a kind the method does not know.
     """
+    kinds = kinds or None  # a method without a delta of its own says so better than a kind would
     modules = dict(base_modules(model))
     sites = _select(model, modules, targets, kinds, what="target")
     if exclude is not None:
