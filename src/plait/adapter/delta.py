@@ -39,6 +39,7 @@ class Traits:
     reads_output: bool = False  # forward(x, y) wants y, the base's output (bias included)
     changes_bias: bool = False  # bias() returns a change of the bias
     linear_in_x: bool = True  # dense() exists: can be fused, exported and merged
+    reads_input: bool = False  # on a whole block: x is what went in, not what came out
     edits_base: bool = False  # while active W itself is rewritten (reversibly); must be alone
     zero_start: bool = True  # the adapted model starts equal to the base model
 
@@ -137,9 +138,11 @@ class Delta(nn.Module):
         """The adapted output: base + change. Override for a faster or a replacing form."""
         x = args[0] if args else next(iter(kwargs.values()))
         y = self.site.forward(*args, **kwargs)
-        return add_change(
-            y, lambda out: self.forward(x if self.site.kind != "module" else out, out)
-        )
+        return add_change(y, lambda out: self.forward(self.seen(x, out), out))
+
+    def seen(self, x: Tensor, y: Tensor) -> Tensor:
+        """What `forward` gets as x: a site's input, on a whole block mostly the block's output."""
+        return y if self.site.kind == "module" and not self.traits.reads_input else x
 
     def attached(self) -> None:
         """Called once the site has its module and the parameters their values (started or loaded).

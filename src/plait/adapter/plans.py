@@ -112,7 +112,7 @@ class Stack:
         output = self.site.forward(*args, **kwargs)
 
         def change(y: Tensor) -> Tensor:
-            total = sum(w * d(y if d.site.kind == "module" else x, y) for d, w in self.entries)
+            total = sum(w * d(d.seen(x, y), y) for d, w in self.entries)
             assert isinstance(total, Tensor)
             return total
 
@@ -137,7 +137,7 @@ class Rows:
         for delta, index in self.groups.items():
             rows = index.to(y.device)
             of_rows = y.index_select(0, rows)
-            seen = of_rows if delta.site.kind == "module" else x.index_select(0, rows)
+            seen = delta.seen(x.index_select(0, rows), of_rows)
             y = y.index_add(0, rows, delta(seen, of_rows).to(y.dtype))
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
