@@ -90,22 +90,23 @@ def attach(
     whole = find_modules(model, train_modules)
     pieces = [(s, c) for s, c in pieces if not any(f"{s.path}.".startswith(f"{w}.") for w in whole)]
     start = registry.get_initializer(initializer or (method.initializer and method.initializer()))
-    found = _collect(start, model, pieces, data)
-    by_site = options_by_site([s for s, _ in pieces], chosen, overrides or {})
-    if start is not None:
-        pieces, by_site = _with_ranks(start, pieces, by_site, found)
-    adapter = build_adapter(
-        name,
-        method,
-        pieces,
-        chosen,
-        by_site=by_site,
-        seed=fresh_seed() if seed is None else seed,
-        dtype=dtype,
-    )
-    _write_starts(adapter, start, found)
-    add_modules(adapter, model, whole)
-    return install(model, adapter, activate=activate)
+    with _base_weights(model):
+        found = _collect(start, model, pieces, data)
+        by_site = options_by_site([s for s, _ in pieces], chosen, overrides or {})
+        if start is not None:
+            pieces, by_site = _with_ranks(start, pieces, by_site, found)
+        adapter = build_adapter(
+            name,
+            method,
+            pieces,
+            chosen,
+            by_site=by_site,
+            seed=fresh_seed() if seed is None else seed,
+            dtype=dtype,
+        )
+        _write_starts(adapter, start, found)
+        add_modules(adapter, model, whole)
+        return install(model, adapter, activate=activate)
 
 
 def _collect(
@@ -186,7 +187,8 @@ def install(
         store.add_module(delta_key(adapter.name, path, kind), delta)
         delta.context = state.context
         delta.train(delta.site.base.training)
-        with torch.no_grad():
+    with torch.no_grad(), _base_weights(model):
+        for delta in adapter.deltas.values():
             delta.attached()
     adapter.requires_grad_(train)
     if activate:
@@ -270,6 +272,23 @@ def _notify(adapter: Adapter, on: bool) -> None:
             delta.activated() if on else delta.deactivated()
 
 
+@contextlib.contextmanager
+def _base_weights(model: nn.Module) -> Iterator[None]:
+    """Within the block W is the base's own, whichever active adapter rewrites it.
+
+    What another adapter derives from W (singular vectors, a start) must not see those edits, and
+    other rows of a batch must not run through them.
+    """
+    state = find_state(model)
+    for name in state.active if state is not None else ():
+        _notify(state.adapters[name], on=False)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for name in state.active if state is not None else ():
+            _notify(state.adapters[name], on=True)  # type: ignore[union-attr]
+
+
 def _check_edits(chosen: Mapping[str, Adapter], weights: Mapping[str, Weight]) -> None:
     for name, adapter in chosen.items():
         if not any(d.traits.edits_base for d in adapter.deltas.values()):
@@ -313,17 +332,20 @@ def per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[None]:
     index = {n: torch.tensor([i for i, r in enumerate(rows) if r == n]) for n in names}
     modules = _modules_of(state, [*names, *state.active])
     before = [(m, m.__dict__["_plait_plan"]) for m in modules]
-    try:
-        for module in modules:
-            found = {name: deltas_of(module)[name] for name in names if name in deltas_of(module)}
-            groups: dict[Delta, Tensor] = {d: index[n] for n, d in found.items()}  # type: ignore[misc]
-            site = next(iter(groups)).site if groups else None
-            plan = Rows(site, groups, len(rows)) if site is not None else None
-            module.__dict__["_plait_plan"] = plan
-        yield
-    finally:
-        for module, plan in before:
-            module.__dict__["_plait_plan"] = plan
+    with _base_weights(model):
+        try:
+            for module in modules:
+                found = {
+                    name: deltas_of(module)[name] for name in names if name in deltas_of(module)
+                }
+                groups: dict[Delta, Tensor] = {d: index[n] for n, d in found.items()}  # type: ignore[misc]
+                site = next(iter(groups)).site if groups else None
+                plan = Rows(site, groups, len(rows)) if site is not None else None
+                module.__dict__["_plait_plan"] = plan
+            yield
+        finally:
+            for module, plan in before:
+                module.__dict__["_plait_plan"] = plan
 
 
 def _refuse_in_rows(name: str, adapter: Adapter) -> None:

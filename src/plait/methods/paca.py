@@ -114,6 +114,8 @@ class PacaDelta(Delta):
 
     def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if self.original is None:  # W has been lent back to the base for a while
+            return super().adapt(x)
         weight, bias = self.site.weight(), self.site.bias()
         if plain_path(x, self.P, weight) or weight.requires_grad:
             # Right whether or not W is up to date, so that compilers need no side effect.
