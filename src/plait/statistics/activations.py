@@ -93,7 +93,7 @@ class _Watch:
         if self.ignore_unlabelled and labels is not None and labels.dim() == 2:
             labelled = labels != -100
             same = self.tokens is not None and self.tokens.shape == labelled.shape
-            self.tokens = self.tokens & labelled if same else labelled  # type: ignore[operator]
+            self.tokens = self.tokens & labelled if same else labelled
 
     def hook(self, site: Site) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
