@@ -386,6 +386,12 @@ def test_deltas_see_a_pool_that_was_moved_or_copied(model: nn.Module) -> None:
     assert model(x().double()).logits.dtype == torch.float64
 
 
+def test_shared_tensors_are_float64_beside_a_float64_base() -> None:
+    adapter = plait.attach(make_model("linear", torch.float64), POOLED, seed=1)
+    assert {t.dtype for t in adapter.shared.state_dict().values()} == {torch.float64}
+    assert adapter.shared["columns"].dtype == torch.float64
+
+
 def test_a_shared_name_registered_twice_is_an_error() -> None:
     shared = SharedTensors(0, torch.float32, torch.device("cpu"))
     shared.pool("rows", (2, 2))

@@ -89,7 +89,8 @@ def build_adapter(
     check_name(name)
     sites = [site for site, _ in pieces]
     device = sites[0].device if sites and sites[0].module is not None else torch.device("cpu")
-    shared = SharedTensors(seed, dtype or torch.float32, device)
+    own = dtype or (_adapter_dtype(sites[0]) if sites else torch.float32)
+    shared = SharedTensors(seed, own, device)
     for cls in dict.fromkeys(cls for _, cls in pieces):
         cls.prepare([s for s, c in pieces if c is cls], options, shared)
     deltas = DeltaMap()

@@ -102,8 +102,8 @@ def _fused_values(entries: list[tuple[Delta, Weight]]) -> dict[str, Tensor]:
         changes = [(w, b) for d, w in outputs if (b := d.bias()) is not None]
         if changes:
             old_bias = values.get("bias", site.bias())
-            total = torch.stack([w * b for w, b in changes]).sum(0)
-            values["bias"] = total.to(site.weight().dtype) if old_bias is None else old_bias + total
+            total = torch.stack([w * b for w, b in changes]).sum(0).to(site.weight().dtype)
+            values["bias"] = total if old_bias is None else old_bias + total.to(old_bias.dtype)
     return values
 
 

