@@ -27,6 +27,7 @@ def mixtral() -> nn.Module:
         num_experts_per_tok=2,
         vocab_size=32,
         max_position_embeddings=32,
+        initializer_range=0.3,
     )
     return MixtralForCausalLM(settings).eval()
 
