@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import plait
 from plait.errors import UnknownNameError
 from plait.training import bases
 from plait.training.bases import base_fingerprint, get_base, list_bases, load_base
@@ -96,6 +97,7 @@ def test_a_failed_conversion_leaves_nothing_that_looks_finished(
 def test_two_processes_convert_once(home: Path) -> None:
     script = """
 import time
+import plait
 from plait.errors import UnknownNameError
 from plait.training import bases
 def convert(gguf, out):
@@ -156,6 +158,14 @@ def test_fingerprint_ignores_dtype_storage_and_buffers(tmp_path: Path) -> None:
     prints |= {base_fingerprint(tiny().to(torch.bfloat16))}
     prints |= {base_fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path))}
     assert len(prints) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "adaptertune", "paca"])
+def test_fingerprint_ignores_attached_adapters(method: str) -> None:
+    model = tiny()
+    before = base_fingerprint(model)
+    plait.attach(model, method, name="some")
+    assert base_fingerprint(model) == before
 
 
 def test_fingerprint_tells_models_apart() -> None:

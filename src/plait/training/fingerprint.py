@@ -39,7 +39,7 @@ def fingerprint(model_or_path: Any) -> str:
 
     text = config.get("text_config") or config  # multimodal configs nest the language model's
     digest = hashlib.sha256(json.dumps({k: text.get(k) for k in CONFIG_KEYS}).encode())
-    chosen = sorted(name for name in names if FINGERPRINTED.search(name))
+    chosen = sorted(n for n in names if FINGERPRINTED.search(n) and "plait_" not in n)
     if not chosen:
         raise ValueError("base fingerprint: the model has no embedding, norm or attention weights")
     for name in chosen[:: max(1, len(chosen) // 16)]:

@@ -217,7 +217,7 @@ def _rules(words: Words) -> dict[str, Any]:
 def _lists(words: Words) -> dict[str, Any]:
     from hassil.intents import RangeSlotList, TextSlotList
 
-    names = []
+    names: list[tuple[str, str, dict, dict]] = []
     for domain, entries in words.names.items():
         for entry in entries if domain != "weather" else words.places:
             article, _, name = entry.rpartition("|")
