@@ -3,7 +3,7 @@
 `evaluate` asks a model, `inspect_adapter` looks at the weights.
 """
 
-from plait.evaluation.evaluate import evaluate
+from plait.evaluation.driver import evaluate
 from plait.evaluation.inspect import AdapterReport, SiteReport, inspect_adapter
 from plait.evaluation.intervals import bootstrap, wilson
 from plait.evaluation.question import Question, read_questions

@@ -4,7 +4,7 @@
 one site, one file in `methods/`, found by listing that folder.
 """
 
-from plait.merging.merge import merge
+from plait.merging.driver import merge
 from plait.merging.method import MergeMethod, get_merge_method, merge_method_names
 
 __all__ = ["MergeMethod", "get_merge_method", "merge", "merge_method_names"]

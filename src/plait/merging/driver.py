@@ -123,6 +123,6 @@ def _base_facts(inputs: Sequence[Adapter]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for adapter in inputs:
         for key, value in adapter.info.items():
-            if key.startswith("base"):
+            if key.startswith("base") or key == "task_type":
                 facts.setdefault(key, value)
     return facts
