@@ -59,7 +59,8 @@ class Siblings:
             if output is not None:
                 return output
             if plan is not self.leader:
-                self._learn(plan)
+                if not _recomputable():
+                    self._learn(plan)
                 return plan.compute(x, self.seed)
         return self._lead(plan, x, mark)
 
@@ -74,7 +75,7 @@ class Siblings:
         self.leader, self.source, self.mark = plan, weakref.ref(x), mark
         self.seed = fresh_seed() if plan.dropout else None
         followers = self.followers.get(plan, ())
-        if not followers or not _runs_together(plan, followers):
+        if not followers or _recomputable() or not _runs_together(plan, followers):
             return plan.compute(x, self.seed)
         plans = [plan, *followers]
         weights, biases, As, Bs, scales = zip(*(p.pieces() for p in plans), strict=True)
@@ -95,6 +96,21 @@ class Siblings:
 
 def _nothing() -> None:
     return None
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _recomputable() -> bool:
+    """Is this pass one that gradient checkpointing repeats, or a repetition?
+
+    A repeated pass must save the same tensors in the same order, so neither may depend on what was
+    learned between them. Checkpointing shows by its hooks on saved tensors; a torch that cannot
+    tell of them (before 2.7) groups only where no gradient is asked for.
+    """
+    if _top_hooks is None:
+        return torch.is_grad_enabled()
+    return _top_hooks(True) is not None
 
 
 def _runs_together(plan: Fused, followers: Iterable[Fused]) -> bool:
