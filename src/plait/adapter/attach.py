@@ -1,16 +1,16 @@
-"""Attaching adapters to a model, choosing which are active, and taking them off again."""
+"""Attaching adapters to a model, and taking them off again."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from plait.adapter import registry
+from plait.adapter.activation import base_weights, refuse_fused, set_active
 from plait.adapter.adapted import adapt_module, delta_key, deltas_of, is_adapted, release_module
 from plait.adapter.adapter import Adapter
 from plait.adapter.build import (
@@ -22,10 +22,8 @@ from plait.adapter.build import (
 )
 from plait.adapter.delta import Delta
 from plait.adapter.method import Initializer, Method
-from plait.adapter.plans import Fused, Rows, Weight, choose_plan
 from plait.adapter.replacement import add_modules, find_modules
 from plait.adapter.seeds import fresh_seed
-from plait.adapter.siblings import link_siblings
 from plait.adapter.site import Site, make_site
 from plait.adapter.state import (
     ModelState,
@@ -87,10 +85,10 @@ def attach(
         sites = find_sites(model, goal, exclude=exclude, layers=layers, kinds=method.kinds)
     check_free(model, name)
     pieces = choose_deltas(method, model, sites, chosen)
-    whole = find_modules(model, train_modules)
+    whole = find_modules(model, train_modules) if train_modules else {}
     pieces = [(s, c) for s, c in pieces if not any(f"{s.path}.".startswith(f"{w}.") for w in whole)]
     start = registry.get_initializer(initializer or (method.initializer and method.initializer()))
-    with _base_weights(model):
+    with base_weights(model):
         found = _collect(start, model, pieces, data)
         by_site = options_by_site([s for s, _ in pieces], chosen, overrides or {})
         if start is not None:
@@ -167,7 +165,7 @@ def check_free(model: nn.Module, name: str) -> None:
             f"adapter {name!r} is already attached; choose another name=, or "
             f"plait.detach(model, {name!r})."
         )
-    _refuse_fused(state, "attach")
+    refuse_fused(state, "attach")
 
 
 def install(
@@ -187,10 +185,11 @@ def install(
         store.add_module(delta_key(adapter.name, path, kind), delta)
         delta.context = state.context
         delta.train(delta.site.base.training)
-    with torch.no_grad(), _base_weights(model):
+    with torch.no_grad(), base_weights(model):
         for delta in adapter.deltas.values():
             delta.attached()
     adapter.requires_grad_(train)
+    state.plans.clear()
     if activate:
         set_active(model, {adapter.name: 1.0})
     return adapter
@@ -208,7 +207,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     The Adapter object stays usable on its own: it can be saved, and its deltas still answer.
     """
     state = get_state(model)
-    _refuse_fused(state, "detach")
+    refuse_fused(state, "detach")
     for each in [name] if name is not None else list(state.adapters):
         _detach_one(state, state.adapter(each))
     if not state.adapters:
@@ -217,6 +216,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 def _detach_one(state: ModelState, adapter: Adapter) -> None:
     set_active(state.model, {n: w for n, w in state.active.items() if n != adapter.name})
+    state.plans.clear()
     for path, delta in adapter.deltas.items():
         module = delta.site.base
         store = deltas_of(module)
@@ -227,161 +227,6 @@ def _detach_one(state: ModelState, adapter: Adapter) -> None:
     del shared_store(state.model)._modules[adapter.name]
     del state.adapters[adapter.name]
     adapter.state = None
-
-
-def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, Weight]) -> None:
-    """Choose the active adapters: a name, several, or `{name: weight}`; `{}` is the base model.
-
-    The adapted output is base + sum of weight x change. Which adapters train is another matter
-    (`adapter.requires_grad_`). Costs one small Python step per site, whatever else is attached.
-    """
-    if isinstance(adapters, str):
-        adapters = [adapters]
-    if not isinstance(adapters, Mapping):
-        adapters = dict.fromkeys(adapters, 1.0)
-    state = find_state(model)
-    if state is None and not adapters:
-        return
-    set_active(model, adapters)
-
-
-def set_active(model: nn.Module, adapters: Mapping[str, Weight]) -> None:
-    state = get_state(model)
-    _refuse_fused(state, "activate")
-    chosen = {name: state.adapter(name) for name in adapters}
-    _check_edits(chosen, adapters)
-    before = list(state.active)
-    for name in before:
-        if name not in adapters:
-            _notify(state.adapter(name), on=False)
-    for name, adapter in chosen.items():
-        if name not in before:
-            _notify(adapter, on=True)
-    touched = [*before, *adapters]
-    state.active = dict(adapters)
-    modules = _modules_of(state, touched)
-    for module in modules:
-        module.__dict__["_plait_plan"] = choose_plan(module, active_entries(state, module))
-    plans = [module.__dict__["_plait_plan"] for module in modules]
-    link_siblings(plan for plan in plans if isinstance(plan, Fused))
-
-
-def _notify(adapter: Adapter, on: bool) -> None:
-    for delta in adapter.deltas.values():
-        if delta.traits.edits_base:
-            delta.activated() if on else delta.deactivated()
-
-
-@contextlib.contextmanager
-def _base_weights(model: nn.Module) -> Iterator[None]:
-    """Within the block W is the base's own, whichever active adapter rewrites it.
-
-    What another adapter derives from W (singular vectors, a start) must not see those edits, and
-    other rows of a batch must not run through them.
-    """
-    state = find_state(model)
-    for name in state.active if state is not None else ():
-        _notify(state.adapters[name], on=False)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        for name in state.active if state is not None else ():
-            _notify(state.adapters[name], on=True)  # type: ignore[union-attr]
-
-
-def _check_edits(chosen: Mapping[str, Adapter], weights: Mapping[str, Weight]) -> None:
-    for name, adapter in chosen.items():
-        if not any(d.traits.edits_base for d in adapter.deltas.values()):
-            continue
-        if len(chosen) > 1 or isinstance(weights[name], Tensor) or weights[name] != 1:
-            raise PlaitError(
-                f"adapter {name!r} ({adapter.method.name}) rewrites base weights while active, so it "
-                "must be active alone and at weight 1; convert it with to_lora() to combine it."
-            )
-
-
-def _modules_of(state: ModelState, names: Iterable[str]) -> list[nn.Module]:
-    found: dict[int, nn.Module] = {}
-    for name in names:
-        if name in state.adapters:
-            for delta in state.adapters[name].deltas.values():
-                found[id(delta.site.base)] = delta.site.base
-    return list(found.values())
-
-
-def active_entries(state: ModelState, module: nn.Module) -> list[tuple[Delta, Weight]]:
-    """The active deltas on one module with their weights."""
-    store = deltas_of(module)
-    entries: list[tuple[Delta, Weight]] = []
-    for key, delta in store.items():
-        name = key.partition("|")[0]
-        if name in state.active:
-            entries.append((delta, state.active[name]))  # type: ignore[arg-type]
-    return entries
-
-
-@contextlib.contextmanager
-def per_row(model: nn.Module, rows: Sequence[str | None]) -> Iterator[None]:
-    """Within the block, row i of the batch goes through adapter `rows[i]` (None: the base)."""
-    state = get_state(model)
-    _refuse_fused(state, "per_row")
-    names = list(dict.fromkeys(r for r in rows if r is not None))
-    adapters = {name: state.adapter(name) for name in names}
-    for name, adapter in adapters.items():
-        _refuse_in_rows(name, adapter)
-    index = {n: torch.tensor([i for i, r in enumerate(rows) if r == n]) for n in names}
-    modules = _modules_of(state, [*names, *state.active])
-    before = [(m, m.__dict__["_plait_plan"]) for m in modules]
-    with _base_weights(model):
-        try:
-            for module in modules:
-                found = {
-                    name: deltas_of(module)[name] for name in names if name in deltas_of(module)
-                }
-                groups: dict[Delta, Tensor] = {d: index[n] for n, d in found.items()}  # type: ignore[misc]
-                site = next(iter(groups)).site if groups else None
-                plan = Rows(site, groups, len(rows)) if site is not None else None
-                module.__dict__["_plait_plan"] = plan
-            yield
-        finally:
-            for module, plan in before:
-                module.__dict__["_plait_plan"] = plan
-
-
-def _refuse_in_rows(name: str, adapter: Adapter) -> None:
-    for delta in adapter.deltas.values():
-        if delta.traits.edits_base or delta.site.kind == "parameter":
-            raise PlaitError(
-                f"adapter {name!r} ({adapter.method.name}) changes weights for the whole batch at "
-                f"{delta.site.path!r} and cannot serve single rows; convert it with to_lora()."
-            )
-
-
-def _refuse_fused(state: ModelState, verb: str) -> None:
-    if state.fused is not None:
-        raise PlaitError(f"adapters are fused into the weights; plait.unfuse(model) before {verb}.")
-
-
-@contextlib.contextmanager
-def routing(model: nn.Module, **values: Any) -> Iterator[None]:
-    """Give routers what they need beside x (`task=`, `attention_mask=`, ...) within the block."""
-    context = get_state(model).context
-    before = dict(context.values)
-    context.values.update(values)
-    try:
-        yield
-    finally:
-        context.values = before
-
-
-def auxiliary_loss(model: nn.Module) -> Tensor | float:
-    """The sum of what the active adapters' routers add to the task loss (0.0 when none does)."""
-    state = find_state(model)
-    if state is None:
-        return 0.0
-    losses = [state.adapters[name].auxiliary_loss() for name in state.active]
-    found = [loss for loss in losses if loss is not None]
-    return torch.stack(found).sum() if found else 0.0
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

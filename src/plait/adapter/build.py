@@ -104,8 +104,9 @@ def build_adapter(
 def _adapter_dtype(site: Site) -> torch.dtype:
     if site.module is None:
         return torch.float32
-    dtypes = {p.dtype for p in site.module.parameters()}
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    inner = site.kind == "module"  # a block has no tensors of its own
+    wide = any(p.dtype == torch.float64 for p in site.module.parameters(recurse=inner))
+    return torch.float64 if wide else torch.float32
 
 
 def choose_deltas(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.adapter.attach import active_entries
+from plait.adapter.activation import entries_by_module, set_active
 from plait.adapter.delta import Delta
 from plait.adapter.plans import Weight
-from plait.adapter.state import ModelState, get_state
+from plait.adapter.state import get_state
 from plait.errors import PlaitError
 
 
@@ -27,7 +27,7 @@ def fuse(model: nn.Module, *, keep_base: bool = True) -> None:
     state = get_state(model)
     if state.fused is not None:
         raise PlaitError("adapters are already fused; plait.unfuse(model) first.")
-    plans = _entries_by_module(state)
+    plans = entries_by_module(state)
     for _, entries in plans:
         for delta, _ in entries:
             _check_fusable(delta)
@@ -55,18 +55,7 @@ def unfuse(model: nn.Module) -> None:
     for module, name, old in state.fused["old"]:
         module._parameters[name] = old
     state.fused = None
-    from plait.adapter.attach import set_active
-
     set_active(model, state.active)
-
-
-def _entries_by_module(state: ModelState) -> list[tuple[nn.Module, list[tuple[Delta, Weight]]]]:
-    modules: dict[int, nn.Module] = {}
-    for name in state.active:
-        for delta in state.adapters[name].deltas.values():
-            modules[id(delta.site.base)] = delta.site.base
-    found = [(m, active_entries(state, m)) for m in modules.values()]
-    return [(m, entries) for m, entries in found if entries]
 
 
 def _check_fusable(delta: Delta) -> None:

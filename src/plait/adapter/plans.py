@@ -17,10 +17,14 @@ from plait.adapter.delta import Delta, add_change
 from plait.adapter.pair import PairDelta
 from plait.adapter.siblings import Siblings
 from plait.adapter.site import LinearSite, Site, base_class
-from plait.errors import PlaitError
 
 Weight = float | Tensor
 Entry = tuple[Delta, Weight]
+
+
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was called on; some callers name it: linear(input=x)."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Fused:
@@ -62,8 +66,8 @@ class Fused:
         """The output of this linear alone."""
         return kernels.lora_linear(x, *self.pieces(), dropout=self.dropout, seed=seed)
 
-    def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
-        x = next(iter(named.values())) if x is None else x  # linear(input=x)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = first_input(args, kwargs)
         siblings = self.siblings
         # Inference tensors have no version counter; a compiler fuses for itself.
         if siblings is None or torch.compiler.is_compiling() or x.is_inference():
@@ -78,8 +82,8 @@ class Added:
         self.site = site
         self.inner = Fused(site, entries)
 
-    def __call__(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
-        x = next(iter(named.values())) if x is None else x
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = first_input(args, kwargs)
         y = self.site.forward(x)
         return kernels.lora_add(y, x, *self.inner.factors(), dropout=self.inner.dropout)
 
@@ -108,7 +112,7 @@ class Stack:
         self.site, self.entries = site, list(entries)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         output = self.site.forward(*args, **kwargs)
 
         def change(y: Tensor) -> Tensor:
@@ -117,29 +121,6 @@ class Stack:
             return total
 
         return add_change(output, change)
-
-
-class Rows:
-    """Another adapter for every row of the batch."""
-
-    def __init__(self, site: Site, groups: Mapping[Delta, Tensor], rows: int) -> None:
-        self.site, self.groups, self.rows = site, dict(groups), rows
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if x.shape[0] != self.rows:
-            raise PlaitError(
-                f"per_row names {self.rows} rows, but the batch at {self.site.path!r} has "
-                f"{x.shape[0]}; give one adapter name (or None) per row."
-            )
-        output = self.site.forward(*args, **kwargs)
-        y = output[0] if isinstance(output, tuple) else output
-        for delta, index in self.groups.items():
-            rows = index.to(y.device)
-            of_rows = y.index_select(0, rows)
-            seen = delta.seen(x.index_select(0, rows), of_rows)
-            y = y.index_add(0, rows, delta(seen, of_rows).to(y.dtype))
-        return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
 class WithParameters:

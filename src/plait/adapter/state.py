@@ -27,6 +27,10 @@ class ModelState:
     trained_base: list[nn.Parameter] = field(default_factory=list)
     """Base parameters that `attach` froze; detaching the last adapter lets them train again."""
     fused: dict[str, Any] | None = None
+    installed: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    """The plans that modules run now."""
+    plans: dict[Any, list[tuple[nn.Module, Any]]] = field(default_factory=dict)
+    """Plans of earlier choices of adapters, so that switching back costs nothing."""
 
     def adapter(self, name: str) -> Adapter:
         if name not in self.adapters:
