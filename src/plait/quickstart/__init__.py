@@ -1,0 +1,1 @@
+"""The main job in one command: train three adapters, evaluate, merge, export, and report."""
