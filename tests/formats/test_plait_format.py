@@ -140,7 +140,8 @@ def test_replaced_modules_train_and_leave_the_base_alone():
     before = {n: p.clone() for n, p in model.named_parameters()}
     adapter = plait.attach(model, "lora", targets=["fc"], train_modules=["head"], rank=2)
     names = [n for n, _ in adapter.named_parameters()]
-    assert names == ["fc.A", "fc.B", "head.0:weight", "head.0:bias", "head.1:weight", "head.1:bias"]
+    whole = [f"head.module:{i}:{name}" for i in (0, 1) for name in ("weight", "bias")]
+    assert names == ["fc.A", "fc.B", *whole]
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     model(ids).square().sum().backward()
     assert all(p.grad is not None for n, p in adapter.named_parameters() if n.startswith("head"))

@@ -19,22 +19,45 @@ Count = Callable[[Sequence[Site], Any], int]
 Choose = Callable[[nn.Module, Any], list[tuple[Site, type[Delta]]]]
 
 
+@dataclass
+class PeftSite:
+    """What a PEFT folder says about one site (`path` "" stands for the adapter as a whole)."""
+
+    path: str
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By their names in the file after the site's path: {"lora_A.weight": ...}."""
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the file holds once for all sites."""
+
+
 @dataclass(frozen=True)
 class PeftCodec:
-    """How a method stands in a PEFT folder; `plait.formats.peft` drives it.
+    """How a method stands in a PEFT folder; `plait.adapter.formats` drives it.
 
-    `type` is PEFT's peft_type; `config(options, sites) -> dict` and `options(config) -> dict`
-    translate the configuration; `keys` maps our parameter names to PEFT's (`{"A":
-    "lora_A.weight"}`);
-    `read(delta, tensors, config)` and `write(delta) -> dict` override `keys` where shapes differ.
+    A method whose tensors have PEFT's shapes needs `type`, `keys`, `options` and `config`;
+    `read` and `write` take over where shapes differ.
     """
 
     type: str
-    config: Callable[[Any, Sequence[Site]], dict[str, Any]]
-    options: Callable[[dict[str, Any]], dict[str, Any]]
-    keys: Mapping[str, str] = field(default_factory=dict)
-    read: Callable[[Delta, dict[str, torch.Tensor], dict[str, Any]], None] | None = None
+    """PEFT's peft_type."""
+    keys: Mapping[str, str]
+    """Our tensor names to PEFT's: {"D": "miss_block"}."""
+    options: Callable[[PeftSite], dict[str, Any]]
+    """Our options at a site, from PEFT's configuration."""
+    config: Callable[[Mapping[str, Delta]], dict[str, Any]]
+    """PEFT's configuration for these deltas, but for what all types have; PlaitError where the
+    deltas have no form in PEFT."""
+    site: Callable[[PeftSite], Site | None] = lambda found: None
+    """The site as far as its tensors tell; None where only the model can say."""
+    read: Callable[[Delta, PeftSite], None] | None = None
     write: Callable[[Delta], dict[str, torch.Tensor]] | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Our shared tensors to PEFT's full names: {"A": "base_model.vera_A"}."""
+    accepts: Callable[[dict[str, Any]], bool] = lambda config: True
+    """Whether a configuration of this type is this method's."""
+    required: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that change the mathematics in a way this method lacks, with the value that does not."""
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,10 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     return {e.name: e for e in importlib.metadata.entry_points(group="plait.methods")}
 
 
-def names() -> list[str]:
-    """Every method's name, sorted."""
-    return sorted({*_files(), *_entry_points(), *_registered})
+def names(room: str | None = None) -> list[str]:
+    """Every method's name, sorted; of Plait's own only those in `room`, where one is given."""
+    own = {n for n, module in _files().items() if room in (None, module.split(".")[1])}
+    return sorted({*own, *_entry_points(), *_registered})
 
 
 def get_method(name: str | Method) -> Method:

@@ -90,7 +90,8 @@ class _BaseCall(nn.Module):
 
 
 def _local(name: str) -> str:
-    return name.replace(".", ":")  # modules do not take dots in the names of their tensors
+    # Modules take no dots in the names of their tensors, nor a name (`bias`) that is a method's.
+    return "module:" + name.replace(".", ":")
 
 
 def find_modules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

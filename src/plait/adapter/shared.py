@@ -37,6 +37,10 @@ class SharedTensors(nn.Module):
         value = self._draw(name, shape, kind).to(self.device, self.dtype)
         self.register_buffer(name, value, persistent=False)
 
+    def keep(self, name: str, value: Tensor) -> None:
+        """A frozen tensor that is saved: one that came from elsewhere and no seed can make."""
+        self.register_buffer(name, value)
+
     def _draw(self, name: str, shape: tuple[int, ...], kind: str) -> Tensor:
         return seeds.draw(kind, shape, self.seed, "shared", name)
 
@@ -48,7 +52,8 @@ class SharedTensors(nn.Module):
 
     def seeded(self) -> dict[str, Tensor]:
         """The regenerated tensors, for checksums."""
-        return {n: b for n, b in self._buffers.items() if b is not None}
+        drawn = self._non_persistent_buffers_set
+        return {n: b for n, b in self._buffers.items() if b is not None and n in drawn}
 
     def _refuse_twice(self, name: str) -> None:
         if name in self:

@@ -13,6 +13,7 @@ Paper: Kang, Yin, 2024, arXiv 2409.15371. Parameters: r out a site, or r m with 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, Site, Traits, per_site
+from plait.adapter import Delta, Method, Options, PeftCodec, Site, Traits, per_site
+from plait.adapter.formats.peft_codec import one_value
+from plait.adapter.method import PeftSite
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 
@@ -136,6 +139,24 @@ def _count(site: Site, o: BoneOptions) -> int:
     return torch.Size(o.shape(site)).numel()
 
 
+def _options(found: PeftSite) -> dict[str, Any]:
+    form = found.config.get("init_weights", True)
+    return {
+        "rank": found.config["r"],
+        "variant": "bat" if form == "bat" else "miss",
+        "mini_r": found.config["mini_r"] if form == "mini" else None,
+        "dropout": found.config.get("miss_dropout", 0.0),
+    }
+
+
+def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
+    config = {"r": one_value(deltas, "rank"), "miss_dropout": one_value(deltas, "dropout")}
+    if one_value(deltas, "variant") == "bat":
+        return config | {"init_weights": "bat"}
+    width = one_value(deltas, "mini_r")
+    return config | ({} if width is None else {"init_weights": "mini", "mini_r": width})
+
+
 METHOD = Method(
     name="bone",
     title="Bone: block affine adaptation, and its successor MiSS",
@@ -144,5 +165,6 @@ METHOD = Method(
     options=BoneOptions,
     delta=BoneDelta,
     count=per_site(_count),
+    peft=PeftCodec(type="MISS", keys={"D": "miss_block"}, options=_options, config=_config),
     example={"rank": 4},
 )

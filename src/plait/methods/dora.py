@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from plait import kernels
 from plait.adapter import Method, PairDelta, PairOptions, Site, Traits, add_change, per_site
+from plait.adapter.formats.peft_codec import pair_codec
 from plait.adapter.site import LinearSite, base_class
 from plait.linalg import LowRank
 from plait.linalg.precision import accumulator_dtype
@@ -139,4 +140,5 @@ METHOD = Method(
     options=DoraOptions,
     delta=DoraDelta,
     count=per_site(_count),
+    peft=pair_codec(marks={"use_dora": True}, vectors={"m": "lora_magnitude_vector"}),
 )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from plait.adapter import Method, PairDelta, PairOptions, Site, Traits, per_site
+from plait.adapter.formats.peft_codec import pair_codec
 from plait.linalg import LowRank
 
 
@@ -65,4 +66,5 @@ METHOD = Method(
     options=LoraOptions,
     delta=LoraDelta,
     count=per_site(_count),
+    peft=pair_codec(marks={"use_dora": False}, more=lambda c: {"bias": bool(c.get("lora_bias"))}),
 )

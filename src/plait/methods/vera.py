@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plait.adapter import Delta, Method, Options, SharedTensors, Site, Traits, per_site
+from plait.adapter import Delta, Method, Options, PeftCodec, SharedTensors, Site, Traits, per_site
+from plait.adapter.formats.peft_codec import any_transposed, one_value
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 
@@ -85,4 +86,18 @@ METHOD = Method(
     options=VeraOptions,
     delta=VeraDelta,
     count=per_site(_count),
+    peft=PeftCodec(
+        type="VERA",
+        keys={"d": "vera_lambda_d", "b": "vera_lambda_b"},
+        shared={"A": "base_model.vera_A", "B": "base_model.vera_B"},
+        options=lambda found: {
+            "rank": found.config["r"],
+            "dropout": found.config.get("vera_dropout", 0.0),
+        },
+        config=lambda deltas: {
+            "r": one_value(deltas, "rank"),
+            "vera_dropout": one_value(deltas, "dropout"),
+            "fan_in_fan_out": any_transposed(deltas),
+        },
+    ),
 )

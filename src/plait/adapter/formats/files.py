@@ -10,10 +10,14 @@ from torch import nn
 
 from plait.adapter.adapter import Adapter
 from plait.adapter.attach import bind, check_free, install
+from plait.adapter.formats import peft
+from plait.adapter.formats.peft import read_peft
+from plait.adapter.formats.peft_write import save_peft
 from plait.adapter.formats.plait import DESCRIPTION, TENSORS, read_plait, save_plait
 from plait.errors import FormatError, unknown
 
-WRITERS: dict[str, Callable[[Adapter, Path], Path]] = {"plait": save_plait}
+PARTS = {DESCRIPTION, TENSORS, peft.CONFIG, peft.TENSORS, peft.PICKLE}
+WRITERS: dict[str, Callable[[Adapter, Path], Path]] = {"plait": save_plait, "peft": save_peft}
 
 
 def save_adapter(adapter: Adapter, path: str | Path, format: str = "plait") -> Path:
@@ -50,9 +54,11 @@ def read_adapter(
     Raises FormatError, in one line naming file and cause, for anything missing, damaged or unsafe.
     """
     path = Path(path)
-    folder = path.parent if path.name in (DESCRIPTION, TENSORS) else path
+    folder = path.parent if path.name in PARTS else path
     if (folder / DESCRIPTION).is_file():
         return read_plait(folder, name)
+    if (folder / peft.CONFIG).is_file():
+        return read_peft(folder, name, model, allow_pickle)
     raise _unreadable(path)
 
 
@@ -90,6 +96,6 @@ def _unreadable(path: Path) -> FormatError:
                 "first (huggingface_hub.snapshot_download) and give the local path."
             )
         return FormatError(f"{path}: no such file or folder.")
-    inside = [p.parent.name for p in path.glob("*/*.json") if p.name in (DESCRIPTION,)]
+    inside = [p.parent.name for p in path.glob("*/*.json") if p.name in PARTS]
     hint = f"; did you mean its folder {sorted(inside)[0]!r}?" if inside else "."
-    return FormatError(f"{path}: holds no adapter ({DESCRIPTION} or adapter_config.json){hint}")
+    return FormatError(f"{path}: holds no adapter ({DESCRIPTION} or {peft.CONFIG}){hint}")

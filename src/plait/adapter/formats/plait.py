@@ -40,6 +40,8 @@ FORMAT, VERSION = "plait-adapter", 1
 
 def save_plait(adapter: Adapter, path: Path) -> Path:
     """Write the folder atomically."""
+    if (path / "adapter_config.json").exists():
+        raise FormatError(f"{path} holds an adapter in PEFT's format; choose another folder.")
     tensors = adapter.state_dict()
     check_names(path / TENSORS, tensors)
     files = {
@@ -194,12 +196,16 @@ def _delta_class(method: Method, name: str | None) -> type[Delta]:
 
 
 def _make_room(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Allocate the optional tensors (held-back starts) that this file holds."""
+    """Allocate what this file stores beyond the method's usual: held-back starts, and frozen
+    tensors that usually come from the seed but here came from elsewhere."""
     for path, delta in adapter.deltas.items():
-        for name in sorted(delta.optional):
+        for name in sorted(delta.optional | delta._non_persistent_buffers_set):
             stored = tensors.get(f"{path}.{name}")
-            if stored is not None and name not in delta._buffers:
+            if stored is not None:
                 delta.frozen(name, *stored.shape, dtype=stored.dtype)
+    for name in sorted(adapter.shared._non_persistent_buffers_set):
+        if f"shared:{name}" in tensors:
+            adapter.shared.keep(name, tensors[f"shared:{name}"])
 
 
 def _check_seeded(adapter: Adapter, sums: Any, version: Any) -> None:

@@ -1,0 +1,350 @@
+"""Reading PEFT's folders: adapter_config.json and adapter_model.safetensors.
+
+The tensors' names say where the adapter acts (whatever selected those modules: lists, patterns,
+exclusions, layers); the configuration gives ranks, scales and the method. Keys that would change
+the mathematics in a way that Plait does not have are refused; what else is unknown is a warning.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.adapter import registry
+from plait.adapter.adapter import Adapter
+from plait.adapter.build import build_adapter, make_options
+from plait.adapter.formats.limits import limit_allocation
+from plait.adapter.formats.tensors import read_json, read_tensors, warn_not_finite
+from plait.adapter.method import Method, PeftCodec, PeftSite
+from plait.adapter.replacement import add_parameter, add_replacement
+from plait.adapter.site import Site, make_parameter_site, make_site
+from plait.adapter.targets import base_modules, block_width
+from plait.errors import FormatError, PlaitError, nearest
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+
+HARMLESS_KEYS = """
+    peft_type auto_mapping peft_version base_model_name_or_path revision task_type inference_mode
+    target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out bias
+    modules_to_save target_parameters r lora_alpha lora_dropout use_rslora use_dora lora_bias
+    rank_pattern alpha_pattern init_lora_weights megatron_config megatron_core loftq_config
+    eva_config corda_config lora_ga_config velora_config qalora_group_size runtime_config
+    init_weights init_ia3_weights feedforward_modules projection_prng_key save_projection
+    vera_dropout d_initial mask_type random_seed miss_dropout mini_r
+"""
+HARMLESS = frozenset(HARMLESS_KEYS.split())
+"""Keys that are read, or that do not change what a finished adapter computes."""
+
+
+@dataclass
+class Sorted:
+    """A folder's tensors by what they are."""
+
+    sites: dict[str, PeftSite] = field(default_factory=dict)
+    nested: dict[str, list[PeftSite]] = field(default_factory=dict)
+    """Wrappers of raw parameters by module, the outermost first."""
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
+    """Whole tensors of the base by path: trained biases, and copies that PEFT adds."""
+    shared: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_peft(
+    folder: Path, name: str | None, model: nn.Module | None, allow_pickle: bool
+) -> Adapter:
+    """The adapter in a PEFT folder, attached to nothing."""
+    file = folder / CONFIG
+    config = read_json(file)
+    weights = folder / (TENSORS if (folder / TENSORS).is_file() else PICKLE)
+    tensors, _ = read_tensors(
+        weights if weights.is_file() else folder / TENSORS, allow_pickle=allow_pickle
+    )
+    try:
+        method, codec = find_codec(config)
+        check_config(config, codec, file)
+        found = sort_tensors(tensors, config, codec)
+        described = {"options": _sizes(config)}
+        with limit_allocation(described, tensors, str(file)):
+            adapter = _build(method, codec, config, found, model, name or _name_of(folder))
+        _fill(adapter, codec, found)
+        _add_base_tensors(adapter, found.base, config, model)
+        _add_modules(adapter, found.modules, model)
+    except (PlaitError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as e:
+        cause = f"lacks {e}" if type(e) is KeyError else " ".join(str(e).split())[:500]
+        raise FormatError(f"{folder}: {cause.removeprefix(f'{file}: ')}") from e
+    for delta in adapter.deltas.values():
+        delta.site = delta.site.bare()
+    warn_not_finite(weights, tensors)
+    return adapter
+
+
+def find_codec(config: Mapping[str, Any]) -> tuple[Method, PeftCodec]:
+    """The method whose codec takes this configuration."""
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise FormatError("adapter_config.json names no peft_type.")
+    for method in _methods(kind.lower()):
+        codec = method.peft
+        if codec is not None and codec.type == kind and codec.accepts(dict(config)):
+            return method, codec
+    known = sorted({m.peft.type for m in _methods(None) if m.peft is not None})
+    raise FormatError(f"PEFT type {kind!r} is not one that Plait reads ({', '.join(known)}).")
+
+
+def _methods(first: str | None) -> Iterator[Method]:
+    """Parameterisations, the one of that name first: the others need not be imported then."""
+    names = registry.names("methods")
+    if first in names:
+        yield registry.get_method(first)
+    for name in names:
+        if name != first:
+            method = registry.get_method(name)
+            if method.axis == "parameterisation":
+                yield method
+
+
+def check_config(config: Mapping[str, Any], codec: PeftCodec, file: Path) -> None:
+    """Refuse what would compute something else; warn of what cannot be judged."""
+    for key, plain in codec.required.items():
+        if config.get(key) not in (plain, None, False, [], {}):
+            raise FormatError(
+                f"{key}={config[key]!r} changes what the adapter computes, in a way Plait lacks."
+            )
+    strange = {k: v for k, v in config.items() if k not in HARMLESS and k not in codec.required}
+    strange = {k: v for k, v in strange.items() if v not in (None, False, [], {}, "")}
+    for key, value in strange.items():
+        if key.startswith("use_") and value is True:
+            raise FormatError(f"{key}=True is a switch that this Plait does not know.")
+    if strange:
+        keys = ", ".join(sorted(strange))
+        warnings.warn(f"{file}: unknown keys are ignored: {keys}.", stacklevel=5)
+
+
+def _sizes(config: Mapping[str, Any]) -> list[Any]:
+    return [config.get("r"), config.get("rank_pattern"), config.get("mini_r")]
+
+
+def _name_of(folder: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9_\-]+", "-", folder.resolve().name).strip("-") or "default"
+
+
+# -- sorting the tensors --------------------------------------------------------------------------
+
+
+def sort_tensors(tensors: Mapping[str, Tensor], config: dict[str, Any], codec: PeftCodec) -> Sorted:
+    found = Sorted()
+    endings = sorted(codec.keys.values(), key=len, reverse=True)
+    saved = list(config.get("modules_to_save") or [])
+    depth = re.compile(r"(?:\.base_layer)+$")
+    for name, tensor in tensors.items():
+        path = name.removeprefix(PREFIX)
+        ending = next((e for e in endings if path.endswith("." + e)), None)
+        module = _module_to_save(path, saved)
+        if ending is not None:
+            owner = path[: -len(ending) - 1]
+            # Only wrappers of raw parameters nest, and only they have base_layer in these names.
+            plain = depth.sub("", owner)
+            level = (len(owner) - len(plain)) // len(".base_layer")
+            if config.get("target_parameters") and _holds_parameter(plain, config):
+                wrappers = found.nested.setdefault(plain, [])
+                while len(wrappers) <= level:
+                    wrappers.append(PeftSite(plain, config, {}, found.shared))
+                wrappers[level].tensors[ending] = tensor
+            else:
+                site = found.sites.setdefault(owner, PeftSite(owner, config, {}, found.shared))
+                site.tensors[ending] = tensor
+        elif module is not None:
+            found.modules.setdefault(module, {})[path[len(module) + 1 :]] = tensor
+        elif name.startswith("base_model.") and not name.startswith(PREFIX):
+            found.shared[name] = tensor
+        elif path.endswith((".bias", ".weight")) and "lora_" not in path:
+            found.base[path.replace(".base_layer.", ".")] = tensor
+        else:
+            raise FormatError(f"tensor {name!r} is not part of any PEFT adapter that Plait reads.")
+    return found
+
+
+def _module_to_save(path: str, names: list[str]) -> str | None:
+    """The shortest leading part of `path` that one of PEFT's modules_to_save names."""
+    parts = path.split(".")
+    heads = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((h for h in heads if any(h.endswith(n) for n in names)), None)
+
+
+def _holds_parameter(module: str, config: Mapping[str, Any]) -> bool:
+    owners = {t.rpartition(".")[0] for t in config["target_parameters"]}
+    return any(module == o or module.endswith("." + o) or o == "" for o in owners)
+
+
+# -- building -------------------------------------------------------------------------------------
+
+
+def _build(
+    method: Method,
+    codec: PeftCodec,
+    config: dict[str, Any],
+    found: Sorted,
+    model: nn.Module | None,
+    name: str,
+) -> Adapter:
+    modules = {} if model is None else dict(base_modules(model))
+    _name_parameters(found, config, modules)
+    whole = PeftSite("", config, {}, found.shared)
+    pieces, by_site = [], {}
+    for path in _in_order(found.sites, modules):
+        here = found.sites[path]
+        site = _site(path, here, codec, modules)
+        if method.delta is None or site.kind not in method.delta.kinds:
+            raise FormatError(f"{path!r} is a {site.kind}, on which {method.name!r} does not act.")
+        pieces.append((site, method.delta))
+        by_site[path] = make_options(method, codec.options(here))
+    if not pieces and not found.modules:
+        raise FormatError("the folder holds no adapter tensors.")
+    options = make_options(method, codec.options(whole))
+    info = {"base": config.get("base_model_name_or_path"), "task_type": config.get("task_type")}
+    info = {k: v for k, v in info.items() if v}
+    return build_adapter(name, method, pieces, options, by_site=by_site, info=info)
+
+
+def _in_order(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The model's order, or layer 2 before layer 10 where there is no model."""
+    if modules:
+        place = {p: i for i, p in enumerate(modules)}
+        return sorted(paths, key=lambda p: place.get(p, place.get(p.rpartition(".")[0], -1)))
+    digits = re.compile(r"(\d+)")
+    return sorted(paths, key=lambda p: [int(x) if x.isdigit() else x for x in digits.split(p)])
+
+
+def _site(path: str, here: PeftSite, codec: PeftCodec, modules: dict[str, nn.Module]) -> Site:
+    if not modules:
+        site = codec.site(here)
+        if site is None:
+            raise FormatError(
+                f"{path!r} in a {codec.type} adapter does not say the size of its weight; pass "
+                "model= (or use plait.load)."
+            )
+        return site
+    owner, _, last = path.rpartition(".")
+    if path in modules:
+        made = make_site(path, modules[path])
+        if made is None:
+            raise FormatError(f"{path!r} is a {type(modules[path]).__name__}, without a weight.")
+        return made
+    if owner in modules and last in modules[owner]._parameters:
+        return make_parameter_site(path, modules[owner], last)
+    guess = nearest(path, modules)
+    hint = f"; the nearest is {guess!r}" if guess else ""
+    raise FormatError(f"the model has no module {path!r}{hint}. Is it the right base model?")
+
+
+def _name_parameters(
+    found: Sorted, config: Mapping[str, Any], modules: Mapping[str, nn.Module]
+) -> None:
+    """Give every wrapper of a raw parameter its site: PEFT wraps in the module's own order."""
+    for path, wrappers in found.nested.items():
+        if path not in modules:
+            raise FormatError(
+                f"target_parameters at {path!r} can only be told apart with the model; pass model= "
+                "(or use plait.load), and check that it is the right base."
+            )
+        targets = config["target_parameters"]
+        own = [n for n in modules[path]._parameters if _is_target(f"{path}.{n}", targets)]
+        if len(own) != len(wrappers):
+            raise FormatError(f"{path!r} has {len(own)} target parameters, not {len(wrappers)}.")
+        for parameter, wrapper in zip(reversed(own), wrappers, strict=True):
+            wrapper.path = f"{path}.{parameter}"
+            # Patterns name the parameter's module or the parameter, as PEFT matches its targets.
+            found.sites[wrapper.path] = wrapper
+
+
+def _is_target(path: str, targets: list[str]) -> bool:
+    return any(path == t or path.endswith("." + t) for t in targets)
+
+
+def _fill(adapter: Adapter, codec: PeftCodec, found: Sorted) -> None:
+    with torch.no_grad():
+        for own, theirs in codec.shared.items():
+            if (
+                theirs not in found.shared
+                or found.shared[theirs].shape != adapter.shared[own].shape
+            ):
+                raise FormatError(
+                    f"{theirs!r} is missing, or not {list(adapter.shared[own].shape)}; let PEFT "
+                    "save its frozen projections too."
+                )
+            adapter.shared.keep(own, found.shared[theirs])
+        for path, here in found.sites.items():
+            delta = adapter.deltas[path]
+            if codec.read is not None:
+                codec.read(delta, here)
+                continue
+            for own, theirs in codec.keys.items():
+                if delta.get_parameter(own).shape != here.tensors[theirs].shape:
+                    raise FormatError(
+                        f"{path!r}: {theirs} has shape {list(here.tensors[theirs].shape)}, but "
+                        f"{list(delta.get_parameter(own).shape)} is needed."
+                    )
+                delta.get_parameter(own).copy_(here.tensors[theirs])
+
+
+# -- what comes beside the method's tensors -----------------------------------------------------
+
+
+def _add_base_tensors(
+    adapter: Adapter, base: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module | None
+) -> None:
+    """Trained biases, and base weights that PEFT copies along when an embedding is a target."""
+    if base and model is None:
+        biases = [p for p in base if p.endswith(".bias")]
+        if biases and config.get("bias", "none") != "none":
+            raise FormatError(
+                f"bias={config['bias']!r}: trained biases such as {biases[0]!r} can only be read "
+                "beside the base; pass model= (or use plait.load)."
+            )
+        warnings.warn(
+            f"{adapter.name}: a copy of the base's {next(iter(base))!r} was not compared with the "
+            "base; pass model= to do so.",
+            stacklevel=5,
+        )
+        return
+    modules = {} if model is None else dict(base_modules(model))
+    for path, saved in base.items():
+        owner, _, last = path.rpartition(".")
+        held = modules[owner]._parameters.get(last) if owner in modules else None
+        if held is None:
+            raise FormatError(f"the model has no parameter {path!r}.")
+        if held.shape != saved.shape:
+            raise FormatError(
+                f"{path!r} is {list(saved.shape)} in the folder and {list(held.shape)} in the "
+                "model; resize the model first (model.resize_token_embeddings)."
+            )
+        if not torch.equal(held.detach(), saved.to(held.device, held.dtype)):
+            change = saved.to(held.device, torch.float32) - held.detach().float()
+            add_parameter(adapter, path, change, modules[owner])
+
+
+def _add_modules(
+    adapter: Adapter, saved: Mapping[str, dict[str, Tensor]], model: nn.Module | None
+) -> None:
+    modules = {} if model is None else dict(base_modules(model))
+    for path, tensors in saved.items():
+        module = modules.get(path)
+        if model is None:
+            width = next(iter(tensors.values())).shape[0]
+            trained = {n: nn.Parameter(t) for n, t in tensors.items() if t.is_floating_point()}
+            add_replacement(adapter, path, {**tensors, **trained}, None, width)
+            continue
+        if module is None:
+            raise FormatError(f"the model has no module {path!r}, of which the folder has a copy.")
+        own = module.state_dict(keep_vars=True)
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
+            raise FormatError(f"the tensors of {path!r} do not fit the module in this model.")
+        add_replacement(adapter, path, own, module, block_width(model, module)).fill(tensors)

@@ -1,0 +1,59 @@
+"""PEFT's other types that Plait has too, both ways, with PEFT itself as the oracle."""
+
+import pytest
+import torch
+from peft import MissConfig, VeraConfig
+from peft_models import check_both_ways, close, gpt2, llama, loaded_by_peft, logits
+
+import plait
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+CASES = {
+    "vera": VeraConfig(r=6, target_modules=ALL),
+    "vera on two": VeraConfig(r=6, target_modules=["k_proj", "down_proj"], vera_dropout=0.1),
+    "vera and a head": VeraConfig(r=6, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "miss": MissConfig(r=8, target_modules=ALL),
+    "miss with a remainder": MissConfig(r=5, target_modules=["q_proj", "down_proj"]),
+    "mini": MissConfig(r=8, target_modules=["q_proj", "v_proj"], init_weights="mini", mini_r=8),
+    "bat": MissConfig(r=8, target_modules=ALL, init_weights="bat"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_llama(tmp_path, name):
+    check_both_ways(llama(), CASES[name], tmp_path)
+
+
+def test_gpt2_with_its_transposed_linears(tmp_path):
+    config = VeraConfig(r=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    check_both_ways(gpt2(), config, tmp_path)
+
+
+def test_what_only_the_model_can_say_asks_for_it(tmp_path):
+    check_both_ways(llama(), CASES["vera on two"], tmp_path)
+    with pytest.raises(plait.PlaitError, match="pass model="):
+        plait.read_adapter(tmp_path / "theirs")
+    assert plait.read_adapter(tmp_path / "theirs", model=llama()).deltas
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "targets"),
+    [
+        ("dora", {"rank": 3}, "all-linear"),
+        ("vera", {"rank": 5}, ["q_proj", "down_proj"]),
+        ("bone", {"rank": 4}, "all-linear"),
+        ("salt", {"rank": 2}, ["q_proj", "up_proj"]),
+    ],
+)
+def test_ours_in_peft(tmp_path, method, options, targets):
+    base = llama()
+    adapter = plait.attach(base, method, targets=targets, **options)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    expected = logits(base)
+    adapter.save(tmp_path / "a", format="peft")
+    plait.detach(base)
+    assert (logits(base) - expected).abs().max() > 1e-2
+    close(loaded_by_peft(base, tmp_path / "a"), expected, 2e-5)
