@@ -71,7 +71,7 @@ def merge(
         deltas = [delta_of(a, label, sites[path]) for label, a in labelled(inputs)]
         low = chosen.merge(_alike(deltas), factors, **keywords)
         bias = _sum_biases([bias_of(a, path) for a in inputs], factors)
-        result.add(sites[path], *_cut(low, rank, energy), float(low.norm()) ** 2, bias)
+        result.add(sites[path], *_cut(low, rank, energy), bias)
     facts = {
         "method": chosen.name,
         "options": keywords,
@@ -106,11 +106,17 @@ def _alike(deltas: list[LowRank]) -> list[LowRank]:
     return [delta.to("cpu", dtype) for delta in deltas]
 
 
-def _cut(low: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float]:
+def _cut(low: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float, float]:
+    """What is kept, the share of energy dropped, and the squared norm that it is a share of."""
     shorter = min(low.shape)
-    if energy is None and low.rank <= (shorter if rank is None else rank):
-        return low, 0.0
-    return low.truncate(rank=shorter if rank is None else rank, energy=energy)
+    limit = shorter if rank is None else rank
+    if energy is None and low.rank <= limit:
+        exact = rank is None  # then no share is asked for anywhere
+        return low, 0.0, 0.0 if exact else float(low.norm()) ** 2
+    kept, dropped = low.truncate(rank=limit, energy=energy)
+    # The factors carry the root of each singular value on columns of norm one.
+    square = float(kept.B.double().square().sum(-2).square().sum())
+    return kept, dropped, square / (1 - dropped) if dropped < 1 else 0.0
 
 
 def _sum_biases(biases: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
