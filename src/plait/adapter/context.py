@@ -22,6 +22,10 @@ class Context:
         self.values: dict[str, Any] = {}
         self.records: dict[str, dict[str, Tensor]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Records hold this forward's graph, which can be neither copied nor pickled.
+        return {"values": self.values, "records": {}}
+
     def get(self, name: str, default: Any = None) -> Any:
         return self.values.get(name, default)
 
