@@ -1,0 +1,173 @@
+"""MoLA: a mixture of LoRA experts at every linear layer, more experts in higher layers.
+
+    x ──┬──► W ──────────────────────────────────────────────────────────────► + ──► y
+        ├──► router R (N x in) ──► softmax, top k, renormalised ──► w ──┐      │
+        └──► A of all experts (N r x in) ──► * w ──► B of all experts (out x N r) ──► * scaling
+
+y = W x + scaling * sum_e w_e B_e A_e x, with w_e = 0 for experts outside a token's top k. All
+experts stand in one product of inner size N r and the gate acts on its [tokens, N r] middle, which
+for the usual N r costs less than sorting tokens by expert. The router reads this layer's own input.
+A and R start at U(-1/sqrt(in), 1/sqrt(in)), B at zero. A mixture has no dW: it can be neither fused
+nor exported.
+Paper: Gao et al., 2024, arXiv 2402.08562. Parameters: N (r (in + out) + in) a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from plait.adapter import (
+    Context,
+    Delta,
+    Method,
+    PairOptions,
+    SharedTensors,
+    Site,
+    Traits,
+    block_index,
+)
+from plait.errors import PlaitError
+from plait.routers._policy import TopK, balance_loss, record, recorded, router_logits
+
+PER_LAYER = int | Sequence[int] | None
+SHAPE = (2, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class MolaOptions(PairOptions):
+    experts: PER_LAYER = None
+    """Experts N: one number, or a list spread over equal groups of the adapted layers, from the
+    lowest to the highest. None is the paper's 2-4-6-8 over quarters of any depth."""
+    top_k: PER_LAYER = 2
+    """Experts k that a token uses (paper: 2); a number or a list like `experts`."""
+    balance: float = 1e-3
+    """Weight of the balance loss in `plait.auxiliary_loss` (paper: 1e-3, where it is on)."""
+    jitter: float = 0.0
+    """In training, multiply the router's input by U(1 - jitter, 1 + jitter)."""
+
+    def counts(self, site: Site, place: tuple[int, int]) -> tuple[int, int]:
+        """(N, k) at a site in layer `place[0]` of `place[1]`."""
+        position, layers = place
+        if self.experts is None:
+            experts = SHAPE[len(SHAPE) * position // layers]
+        else:
+            experts = _spread("experts", self.experts, place)
+        top_k = 1 if self.top_k is None else _spread("top_k", self.top_k, place)
+        if not 1 <= top_k <= experts:
+            raise PlaitError(
+                f"site {site.path!r} has {experts} experts, so top_k={top_k} does not fit; choose "
+                f"1 to {experts}."
+            )
+        return experts, top_k
+
+
+def _spread(name: str, value: int | Sequence[int], place: tuple[int, int]) -> int:
+    position, layers = place
+    if isinstance(value, int):
+        return value
+    if not value or layers % len(value):
+        raise PlaitError(
+            f"{name} lists {len(value)} numbers, which do not divide the {layers} adapted layers "
+            "into equal groups; give one number a layer, or a divisor of that many."
+        )
+    return value[position * len(value) // layers]
+
+
+def places(sites: Sequence[Site]) -> dict[str, tuple[int, int]]:
+    """{path: (layer, number of layers)}; sites outside the blocks count with the last layer."""
+    index = {s.path: block_index(s.path) for s in sites}
+    order = {n: i for i, n in enumerate(sorted({n for n in index.values() if n is not None}))}
+    layers = max(len(order), 1)
+    return {p: (order.get(n, layers - 1), layers) for p, n in index.items()}  # type: ignore[arg-type]
+
+
+class MolaDelta(Delta):
+    traits = Traits(linear_in_x=False)
+    options: MolaOptions
+    router: Tensor
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def prepare(cls, sites: Sequence[Site], options: MolaOptions, shared: SharedTensors) -> None:
+        shared.notes["mola"] = places(sites)
+
+    def build(self) -> None:
+        self.place: tuple[int, int] = self.shared.notes["mola"][self.site.path]
+        self.experts, self.top_k = self.options.counts(self.site, self.place)
+        rank = self.options.rank
+        self.parameter("router", self.experts, self.site.in_features)
+        self.parameter("A", self.experts, rank, self.site.in_features)
+        self.parameter("B", self.site.out_features, self.experts, rank)
+
+    def reset(self) -> None:
+        self.start("router", "kaiming_uniform")
+        self.start("A", "kaiming_uniform")
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """[..., N r]: every expert's hidden features, weighted for each token."""
+        jitter = self.options.jitter if self.training else 0.0
+        routing = TopK(self.top_k)(router_logits(x, self.router, jitter))
+        record(self, x, routing)
+        seen = F.dropout(x, self.options.dropout, self.training)
+        hidden = F.linear(seen, self.A.flatten(0, 1).to(x.dtype))
+        gate = (routing.weights * self.options.scaling).to(hidden.dtype).unsqueeze(-1)
+        return (hidden.unflatten(-1, (self.experts, -1)) * gate).flatten(-2)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        hidden = self._gated(x)
+        return F.linear(hidden, self.B.flatten(1).to(hidden.dtype))
+
+    def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        y = self.site.forward(x)
+        hidden = self._gated(x).to(y.dtype)
+        B = self.B.flatten(1).to(y.dtype)
+        flat = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), B.t())  # one pass over y less
+        return flat.view(y.shape)
+
+    @classmethod
+    def auxiliary_loss(cls, deltas: Sequence[Delta], context: Context) -> Tensor | None:
+        """balance * sum over layers of N sum_i (share of slots of i) (mean probability of i).
+
+        All linears of a layer count together; at perfect balance a layer adds 1.
+        """
+        layers: dict[Any, list[tuple[MolaDelta, dict[str, Tensor]]]] = {}
+        for delta in deltas:
+            found = recorded(context, delta)
+            if found is None or not isinstance(delta, MolaDelta) or not delta.options.balance:
+                continue
+            layer = block_index(delta.site.path)
+            key = delta.site.path if layer is None else layer
+            layers.setdefault((key, delta.experts, delta.top_k), []).append((delta, found))
+        terms = [
+            group[0][0].options.balance * balance_loss(s for _, s in group) / group[0][0].top_k
+            for group in layers.values()
+        ]
+        return torch.stack(terms).sum() if terms else None
+
+
+def _count(sites: Sequence[Site], o: MolaOptions) -> int:
+    table = places(sites)
+    total = 0
+    for site in sites:
+        experts, _ = o.counts(site, table[site.path])
+        total += experts * (o.rank * (site.in_features + site.out_features) + site.in_features)
+    return total
+
+
+METHOD = Method(
+    name="mola",
+    title="MoLA: more LoRA experts in higher layers",
+    paper="Gao et al., 2024, arXiv 2402.08562",
+    axis="routing",
+    options=MolaOptions,
+    delta=MolaDelta,
+    count=_count,
+)
