@@ -2,15 +2,17 @@
 
     site i:   x_i ──► W_i ──► y_i        dL/dW_i = sum over tokens of g_i x_i^T,  g_i = dL/dy_i
 
-No weight ever requires a gradient: a hook on each site's output catches g_i on the way back and
-forms the product with the input there, so at any moment one full gradient exists on the model's
-device, and no optimiser state at all. Means are kept on the CPU in float32.
+No module's weight ever requires a gradient: a hook on each site's output catches g_i on the way
+back and forms the product with the input there, so at any moment one full gradient exists on the
+model's device, and no optimiser state at all. Means are kept on the CPU in float32. Only packed
+parameters, which their module uses as it likes, take autograd's own gradient, moved off and freed
+as soon as it is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ def gradient_pass(
     """{path: mean gradient of W [out, in], canonical, float32 on the CPU} of the base model.
 
     Args:
-        sites: linear, convolution or embedding sites of `model`; active adapters are left out.
+        sites: of `model`, with a weight of their own; active adapters are left out.
         batches: dicts for `model(**batch)`, consumed once.
         loss: `loss(model, batch) -> scalar`; None takes `model(**batch).loss`.
 
@@ -45,11 +47,8 @@ def gradient_pass(
     Raises PlaitError for a site without a weight of its own, or no batch with a label.
     """
     for site in sites:
-        if site.kind not in ("linear", "conv", "embedding"):
-            raise PlaitError(
-                f"gradient_pass: site {site.path!r} is a {site.kind}; it takes linear, conv and "
-                "embedding sites."
-            )
+        if site.kind == "module":
+            raise PlaitError(f"gradient_pass: {site.path!r} is a whole module without a weight.")
     sums: Sums = {s.path: torch.zeros(s.shape, dtype=torch.float32) for s in sites}
     total = 0.0
     with frozen(model) as device, torch.enable_grad():
@@ -95,13 +94,35 @@ class _Recorder:
 
     def __init__(self, sites: Sequence[Site], sums: Sums) -> None:
         self.sums, self.weight = sums, 1.0
-        self.handles = [
-            s.base.register_forward_hook(self._hook(s), with_kwargs=True) for s in sites
-        ]
+        self.handles: list[Any] = []
+        self.packed: list[tuple[nn.Parameter, Tensor | None]] = []
+        for site in sites:
+            if site.kind == "parameter":
+                self._watch(site)
+            else:
+                hook = self._hook(site)
+                self.handles.append(site.base.register_forward_hook(hook, with_kwargs=True))
 
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for parameter, gradient in self.packed:
+            parameter.requires_grad_(False)
+            parameter.grad = gradient
+
+    def _watch(self, site: Site) -> None:
+        parameter = cast(nn.Parameter, site.weight())
+        self.packed.append((parameter, parameter.grad))
+        parameter.grad = None
+        parameter.requires_grad_(True)
+
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.to("cpu", torch.float32)
+            self.sums[site.path].add_(gradient, alpha=self.weight)
+            parameter.grad = None
+
+        self.handles.append(parameter.register_post_accumulate_grad_hook(take))
 
     def _hook(self, site: Site) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:

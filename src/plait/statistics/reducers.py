@@ -96,6 +96,8 @@ class InputSVD:
     rank: int
     oversample: int = 8
     tau: float | None = None
+    power_iterations: int = 4
+    """Of each update's randomised SVD: activations' spectra decay slowly."""
     seed: int = 0
 
     def __call__(self, width: int) -> Reduction:
@@ -121,8 +123,11 @@ class _Incremental:
         rows = x
         if self.values is not None and self.vectors is not None:
             rows = torch.cat([self.values[:, None] * self.vectors, x])
-        keep = min(self.options.rank + self.options.oversample, *rows.shape)
-        _, S, Vh = randomized_svd(rows, keep, oversample=0, seed=self.options.seed)
+        o = self.options
+        keep = min(o.rank + o.oversample, *rows.shape)
+        _, S, Vh = randomized_svd(
+            rows, keep, oversample=0, power_iterations=o.power_iterations, seed=o.seed
+        )
         before, self.values, self.vectors = self.vectors, S, Vh
         self.done = self._converged(before)
 
