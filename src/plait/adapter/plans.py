@@ -69,8 +69,9 @@ class Fused:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         x = first_input(args, kwargs)
         siblings = self.siblings
-        # Inference tensors have no version counter; a compiler fuses for itself.
-        if siblings is None or torch.compiler.is_compiling() or x.is_inference():
+        # Grouping rounds differently, and what is learned must not show in a model's answers: only
+        # passes that train are grouped. A compiler fuses for itself.
+        if siblings is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.compute(x)
         return siblings.run(self, x)
 

@@ -7,8 +7,9 @@ accumulated input gradient) and the others, when they are called with the same t
 what is ready. A sibling called with anything else computes for itself, and after a few such misses
 is left out.
 
-Results never depend on what was learned: a sibling that runs alone on a shared input takes the seed
-of its leader's dropout mask, so the random stream is the same in a resumed run.
+What was learned changes results by rounding alone: a sibling that runs alone on a shared input takes
+the seed of its leader's dropout mask, so the random stream is the same in a resumed run. Passes
+without gradients are not grouped: a model's answers are the same bits from the first call on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Siblings:
     def _forget(self) -> None:
         self.leader: Fused | None = None
         self.source: Any = _nothing  # weak: the input of the pass under way
-        self.mark: tuple[int, bool] = (0, False)
+        self.mark = 0
         self.seed: int | None = None
         self.ready: dict[Fused, Tensor] = {}
 
@@ -53,7 +54,7 @@ class Siblings:
 
     def run(self, plan: Fused, x: Tensor) -> Tensor:
         """The output of `plan` for `x`, from the group where one has been learned."""
-        mark = (x._version, torch.is_grad_enabled())
+        mark = x._version
         if self.source() is x and self.mark == mark:
             output = self.ready.pop(plan, None)
             if output is not None:
@@ -70,7 +71,7 @@ class Siblings:
         if plan not in known and self.misses.get(plan, 0) < _MAX_MISSES:
             known.append(plan)
 
-    def _lead(self, plan: Fused, x: Tensor, mark: tuple[int, bool]) -> Tensor:
+    def _lead(self, plan: Fused, x: Tensor, mark: int) -> Tensor:
         self._drop_unclaimed()
         self.leader, self.source, self.mark = plan, weakref.ref(x), mark
         self.seed = fresh_seed() if plan.dropout else None
