@@ -17,6 +17,7 @@ from plait.testing.case import (
     must_refuse,
     perturb,
     same,
+    same_output,
     traits_all,
     traits_any,
 )
@@ -110,7 +111,7 @@ def fused_equals_unfused(case: Case) -> None:
     for name, parameter in model.named_parameters():
         assert parameter is stored[name][0], f"unfuse left another object at {name!r}"
         same(parameter, stored[name][1], f"parameter {name!r} after unfuse")
-    same(case.run(model, x), before, "output after unfuse")
+    same_output(case, case.run(model, x), before, "output after unfuse")
 
 
 def to_lora_is_what_it_says(case: Case) -> None:
@@ -153,12 +154,12 @@ def two_adapters(case: Case) -> None:
     only_a = case.run(model, x)
     b = case.attach(model, "b", seed=2, activate=False)
     perturb(b, 2)
-    same(case.run(model, x), only_a, "output of a after b was attached inactive")
+    same_output(case, case.run(model, x), only_a, "output of a after b was attached inactive")
     activate(model, {})
     same(case.run(model, x), case.run(case.model(), x), "output with none active")
     activate(model, "b")
     alone_model, _ = case.adapted("b", seed=2)
-    same(case.run(model, x), case.run(alone_model, x), "output of b beside a")
+    same_output(case, case.run(model, x), case.run(alone_model, x), "output of b beside a")
     if traits_any(a, "edits_base"):
         must_refuse(lambda: activate(model, ["a", "b"]), "two adapters that edit the base at once")
     else:
@@ -171,9 +172,9 @@ def two_adapters(case: Case) -> None:
     activate(model, "b")
     _one_step(case, model, b, a)
     activate(model, "a")
-    same(case.run(model, x), only_a, "output of a after training b")
+    same_output(case, case.run(model, x), only_a, "output of a after training b")
     detach(model, "b")
-    same(case.run(model, x), only_a, "output of a after detaching b")
+    same_output(case, case.run(model, x), only_a, "output of a after detaching b")
 
 
 def _one_step(case: Case, model: nn.Module, trained: Adapter, other: Adapter) -> None:

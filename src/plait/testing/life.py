@@ -25,6 +25,7 @@ from plait.testing.case import (
     perturb,
     rebuilt,
     same,
+    same_output,
     same_tensors,
     traits_any,
 )
@@ -47,7 +48,8 @@ def state_round_trip(case: Case) -> None:
     again = rebuilt(adapter, fresh)
     _same_adapter(adapter, again)
     for x in case.inputs():
-        same(case.run(fresh, x), case.run(model, x), "output after rebuilding")
+        wanted = case.run(model, x)
+        same_output(case, case.run(fresh, x), wanted, "output after rebuilding")
 
 
 def file_round_trip(case: Case) -> None:
@@ -111,11 +113,11 @@ def copies_work(case: Case) -> None:
             "torch.save": torch.load(buffer, weights_only=False),
         }
     for how, other in copies.items():
-        same(case.run(other, x), wanted, f"output of a copy by {how}")
+        same_output(case, case.run(other, x), wanted, f"output of a copy by {how}")
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.zero_()
-        same(case.run(model, x), wanted, f"output after changing a copy made by {how}")
+        same_output(case, case.run(model, x), wanted, f"output after changing a copy made by {how}")
 
 
 def state_dict_is_the_base(case: Case) -> None:
@@ -130,7 +132,9 @@ def state_dict_is_the_base(case: Case) -> None:
     same_tensors(dict(model.state_dict()), checkpoint, "state dict while attached")
     output = case.run(model, case.x())
     model.load_state_dict(checkpoint, strict=True)
-    same(case.run(model, case.x()), output, "output after loading the base's checkpoint")
+    same_output(
+        case, case.run(model, case.x()), output, "output after loading the base's checkpoint"
+    )
 
 
 def seeds_reproduce(case: Case) -> None:

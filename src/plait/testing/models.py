@@ -130,7 +130,10 @@ def _transposed(rows: int, columns: int, bias: bool) -> nn.Module:
 
 
 def tiny_llama(**changes: Any) -> nn.Module:
-    """A two-layer Llama of width 16; its norms keep float64, as finite differences need."""
+    """A two-layer Llama of width 16, its weights large enough for logits that matter.
+
+    Its norms keep float64, which finite differences need (transformers' own round to float32).
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings: dict[str, Any] = {
@@ -143,6 +146,7 @@ def tiny_llama(**changes: Any) -> nn.Module:
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
         "attn_implementation": "sdpa",
+        "initializer_range": 0.25,
         "use_cache": False,
     }
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
