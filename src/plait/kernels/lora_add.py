@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from plait.kernels import dispatch, reference
 from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
-from plait.kernels._lowrank import project, push_back, scaled
+from plait.kernels._lowrank import gain, gradient_of_b, project, pull_back, push_back
 from plait.kernels.dropout import Dropout, make_dropout
 
 
@@ -82,13 +82,14 @@ def _add(
     """(y + the low-rank part, u), with x in the compute dtype."""
     dtype = x.dtype
     u = project(x.reshape(-1, x.shape[-1]), A.to(dtype), drop)
-    b = scaled(B, scale, drop, dtype)
+    b, alpha = B.to(dtype), gain(scale, drop)
     if inplace:
-        y.view(-1, y.shape[-1]).addmm_(u.t(), b.t())
+        y.view(-1, y.shape[-1]).addmm_(u.t(), b.t(), alpha=alpha)
         return y, u
     if y.dtype == dtype:
-        return torch.addmm(y.reshape(-1, y.shape[-1]), u.t(), b.t()).view(y.shape), u
-    return y + u.t().mm(b.t()).view(y.shape).to(y.dtype), u
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), u.t(), b.t(), alpha=alpha)
+        return flat.view(y.shape), u
+    return y.add(u.t().mm(b.t()).view(y.shape).to(y.dtype), alpha=alpha), u
 
 
 class _LoraAdd(Function):
@@ -101,7 +102,7 @@ class _LoraAdd(Function):
             y, u = _add(y, inputs, A, B, scale, drop, inplace)
         need_a, need_b = ctx.needs_input_grad[2:4]
         ctx.save_for_backward(inputs if need_a else None, u if need_b else None, A, B)
-        ctx.settings = (scale, drop, dtype, x.shape, x.dtype)
+        ctx.settings = (gain(scale, drop), drop, dtype, x.shape, x.dtype)
         return y
 
     @staticmethod
@@ -109,16 +110,16 @@ class _LoraAdd(Function):
     def backward(ctx: Any, grad: Tensor):
         need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         x, u, A, B = ctx.saved_tensors
-        scale, drop, dtype, x_shape, x_dtype = ctx.settings
+        alpha, drop, dtype, x_shape, x_dtype = ctx.settings
         g = grad.reshape(-1, grad.shape[-1]).to(dtype)
         grad_x = grad_a = grad_b = None
         with exact_dtypes(g.device.type):
             if need_b:
-                grad_b = scaled(u.mm(g), scale, drop, B.dtype).t()
+                grad_b = gradient_of_b(u, g, alpha, B.dtype)
             if need_x:
                 grad_x = g.new_zeros(g.shape[0], x_shape[-1])
             if need_x or need_a:
-                du = scaled(B, scale, drop, dtype).t().mm(g.t())
+                du = pull_back(B, g, alpha)
                 inputs = x.reshape(-1, x_shape[-1]) if need_a else None
                 grad_a = push_back(du, A.to(dtype), inputs, grad_x, drop)
         if grad_x is not None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from plait.kernels import dispatch, reference
 from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
-from plait.kernels._lowrank import project, push_back, scaled
+from plait.kernels._lowrank import gain, gradient_of_b, project, pull_back, push_back
 from plait.kernels.dropout import Dropout, make_dropout
 
 
@@ -92,7 +92,8 @@ def _products(
     for weight, bias, B, mine, scale in zip(weights, biases, Bs, rows, scales, strict=True):
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         if u is not None and B is not None and B.shape[1]:
-            y.view(-1, y.shape[-1]).addmm_(u[mine].t(), scaled(B, scale, drop, dtype).t())
+            flat = y.view(-1, y.shape[-1])
+            flat.addmm_(u[mine].t(), B.to(dtype).t(), alpha=gain(scale, drop))
         outputs.append(y)
     return tuple(outputs), u
 
@@ -113,7 +114,7 @@ class _LoraGroup(Function):
             *(weights if need_x else [None] * count),
             *factors,
         )
-        ctx.settings = (scales, drop, x.shape, x.dtype)
+        ctx.settings = ([gain(scale, drop) for scale in scales], drop, x.shape, x.dtype)
         return outputs
 
     @staticmethod
@@ -122,83 +123,69 @@ class _LoraGroup(Function):
         count = len(grads)
         x, u, *rest = ctx.saved_tensors
         weights, As, Bs = rest[:count], rest[count:-count], rest[-count:]
-        scales, drop, x_shape, x_dtype = ctx.settings
+        gains, drop, x_shape, x_dtype = ctx.settings
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[-2 * count :]
         # A member whose output was not used takes no part: neither in dx nor in the stack.
         flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
         live = next((g for g in flat if g is not None), None)
         if live is None:
             return (None,) * (6 + 2 * count)
-        inputs = None if x is None else x.reshape(-1, x_shape[-1])
+        grad_x = None
         with exact_dtypes(live.device.type):
-            grad_bs = _output_gradients(flat, u, As, Bs, scales, drop, needs[count:])
-            grad_x = _base_gradient(flat, weights) if need_x else None
+            used = [None if g is None else A for g, A in zip(flat, As, strict=True)]
+            stacked, rows = _stack(used, live.dtype)
+            du = None
+            if stacked is not None and (need_x or x is not None):
+                du = live.new_empty(stacked.shape[0], live.shape[0])
+            grad_bs = _pull_back(flat, u, As, Bs, gains, needs[count:], du)
+            if need_x:
+                grad_x = _base_gradient(flat, weights)
             grad_as: list[Tensor | None] = [None] * count
-            if need_x or inputs is not None:
-                grad_as = _input_gradients(flat, As, Bs, scales, inputs, grad_x, drop)
+            if du is not None and stacked is not None:
+                inputs = None if x is None else x.reshape(-1, x_shape[-1])
+                grad_a = push_back(du, stacked, inputs, grad_x, drop)
+                if grad_a is not None:
+                    grad_as = [
+                        None if A is None else grad_a[mine].to(A.dtype)
+                        for A, mine in zip(used, rows, strict=True)
+                    ]
         if grad_x is not None:
             grad_x = grad_x.view(x_shape).to(x_dtype)
         return grad_x, None, None, None, None, None, *grad_as, *grad_bs
 
 
-def _output_gradients(
+def _pull_back(
     grads: Sequence[Tensor | None],
     u: Tensor | None,
     As: Sequence[Tensor | None],
     Bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    drop: Dropout | None,
+    gains: Sequence[float],
     needs: Sequence[bool],
+    du: Tensor | None,
 ) -> list[Tensor | None]:
-    """dB_i = scale_i (u_i g_i)^T."""
-    found: list[Tensor | None] = []
-    top = 0
-    for g, A, B, scale, need in zip(grads, As, Bs, scales, needs, strict=True):
+    """Every dB_i (None where not needed); fills du, the stacked gradient of u, on the way.
+
+    Member by member, so that the small products that read one g come together.
+    """
+    found: list[Tensor | None] = [None] * len(grads)
+    top = filled = 0  # rows of u, which has every member's; rows of du, which has the used ones'
+    for i, (g, A, B, alpha) in enumerate(zip(grads, As, Bs, gains, strict=True)):
         rank = 0 if A is None else A.shape[0]
-        if g is None or u is None or B is None or not need:
-            found.append(None)
-        else:
-            found.append(scaled(u[top : top + rank].mm(g), scale, drop, B.dtype).t())
+        if g is not None and B is not None and rank:
+            if u is not None and needs[i]:
+                found[i] = gradient_of_b(u[top : top + rank], g, alpha, B.dtype)
+            if du is not None:
+                pull_back(B, g, alpha, out=du[filled : filled + rank])
+                filled += rank
         top += rank
     return found
 
 
 def _base_gradient(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
     """sum_i g_i W_i, accumulated in one buffer."""
-    total: Tensor | None = None
-    for g, weight in zip(grads, weights, strict=True):
-        if g is None:
-            continue
-        if total is None:
-            total = g.mm(weight.to(g.dtype))
-        else:
-            total.addmm_(g, weight.to(g.dtype))
-    assert total is not None
+    pairs = [(g, W.to(g.dtype)) for g, W in zip(grads, weights, strict=True) if g is not None]
+    (first, weight), *others = pairs
+    total = first.mm(weight)
+    for g, weight in others:
+        total.addmm_(g, weight)
     return total
-
-
-def _input_gradients(
-    grads: Sequence[Tensor | None],
-    As: Sequence[Tensor | None],
-    Bs: Sequence[Tensor | None],
-    scales: Sequence[float],
-    x: Tensor | None,
-    grad_x: Tensor | None,
-    drop: Dropout | None,
-) -> list[Tensor | None]:
-    """Adds the low-rank part to grad_x in place; returns every dA_i (None where x is None)."""
-    used = [None if g is None else A for g, A in zip(grads, As, strict=True)]
-    first = next(g for g in grads if g is not None)
-    stacked, rows = _stack(used, first.dtype)
-    if stacked is None:
-        return [None] * len(grads)
-    du = first.new_empty(stacked.shape[0], first.shape[0])
-    for g, B, mine, scale in zip(grads, Bs, rows, scales, strict=True):
-        if g is not None and B is not None and B.shape[1]:
-            torch.mm(scaled(B, scale, drop, g.dtype).t(), g.t(), out=du[mine])
-    grad_a = push_back(du, stacked, x, grad_x, drop)
-    if grad_a is None:
-        return [None] * len(grads)
-    return [
-        None if A is None else grad_a[mine].to(A.dtype) for A, mine in zip(used, rows, strict=True)
-    ]

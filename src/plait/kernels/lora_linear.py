@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from plait.kernels import dispatch, reference
 from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
-from plait.kernels._lowrank import project, push_back, scaled
+from plait.kernels._lowrank import gain, gradient_of_b, project, pull_back, push_back
 from plait.kernels.dropout import Dropout, make_dropout
 
 
@@ -83,7 +83,7 @@ def _product(
     dtype = x.dtype
     y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
     u = project(x.reshape(-1, x.shape[-1]), A.to(dtype), drop)
-    y.view(-1, y.shape[-1]).addmm_(u.t(), scaled(B, scale, drop, dtype).t())
+    y.view(-1, y.shape[-1]).addmm_(u.t(), B.to(dtype).t(), alpha=gain(scale, drop))
     return y, u
 
 
@@ -97,7 +97,7 @@ class _LoraLinear(Function):
         ctx.save_for_backward(
             inputs if need_a else None, u if need_b else None, weight if need_x else None, A, B
         )
-        ctx.settings = (scale, drop, x.shape, x.dtype)
+        ctx.settings = (gain(scale, drop), drop, x.shape, x.dtype)
         return y
 
     @staticmethod
@@ -105,19 +105,18 @@ class _LoraLinear(Function):
     def backward(ctx: Any, grad: Tensor):
         need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         x, u, weight, A, B = ctx.saved_tensors
-        scale, drop, x_shape, x_dtype = ctx.settings
+        alpha, drop, x_shape, x_dtype = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
-        dtype = g.dtype
         grad_x = grad_a = grad_b = None
         with exact_dtypes(g.device.type):
-            if need_b:  # as (u g)^T, because g^T u^T is up to five times slower on a CPU
-                grad_b = scaled(u.mm(g), scale, drop, B.dtype).t()
-            if need_x:
-                grad_x = g.mm(weight.to(dtype))
+            # The two small products that read g come together, while it is in the cache.
+            if need_b:
+                grad_b = gradient_of_b(u, g, alpha, B.dtype)
             if need_x or need_a:
-                du = scaled(B, scale, drop, dtype).t().mm(g.t())
+                du = pull_back(B, g, alpha)
                 inputs = x.reshape(-1, x_shape[-1]) if need_a else None
-                grad_a = push_back(du, A.to(dtype), inputs, grad_x, drop)
+                grad_x = g.mm(weight.to(g.dtype)) if need_x else None
+                grad_a = push_back(du, A.to(g.dtype), inputs, grad_x, drop)
         if grad_x is not None:
             grad_x = grad_x.view(x_shape).to(x_dtype)
         if grad_a is not None:
