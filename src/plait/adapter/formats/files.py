@@ -14,10 +14,18 @@ from plait.adapter.formats import peft
 from plait.adapter.formats.peft import read_peft
 from plait.adapter.formats.peft_write import save_peft
 from plait.adapter.formats.plait import DESCRIPTION, TENSORS, read_plait, save_plait
+from plait.adapter.formats.single_file import read_single_file, save_diffusers, save_kohya
+from plait.adapter.formats.tensors import PICKLED
 from plait.errors import FormatError, unknown
 
 PARTS = {DESCRIPTION, TENSORS, peft.CONFIG, peft.TENSORS, peft.PICKLE}
-WRITERS: dict[str, Callable[[Adapter, Path], Path]] = {"plait": save_plait, "peft": save_peft}
+SINGLE = "pytorch_lora_weights.safetensors"  # diffusers' own name for its file
+WRITERS: dict[str, Callable[[Adapter, Path], Path]] = {
+    "plait": save_plait,
+    "peft": save_peft,
+    "kohya": save_kohya,
+    "diffusers": save_diffusers,
+}
 
 
 def save_adapter(adapter: Adapter, path: str | Path, format: str = "plait") -> Path:
@@ -53,12 +61,21 @@ def read_adapter(
 
     Raises FormatError, in one line naming file and cause, for anything missing, damaged or unsafe.
     """
-    path = Path(path)
+    adapter = _read(Path(path), name, model, allow_pickle)
+    for delta in adapter.deltas.values():
+        delta.site = delta.site.bare()
+    return adapter
+
+
+def _read(path: Path, name: str | None, model: nn.Module | None, allow_pickle: bool) -> Adapter:
     folder = path.parent if path.name in PARTS else path
     if (folder / DESCRIPTION).is_file():
         return read_plait(folder, name)
     if (folder / peft.CONFIG).is_file():
         return read_peft(folder, name, model, allow_pickle)
+    file = path / SINGLE if (path / SINGLE).is_file() else path
+    if file.is_file() and file.suffix in {".safetensors", *PICKLED}:
+        return read_single_file(file, name, model, allow_pickle)
     raise _unreadable(path)
 
 

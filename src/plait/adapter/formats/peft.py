@@ -71,17 +71,15 @@ def read_peft(
         method, codec = find_codec(config)
         check_config(config, codec, file)
         found = sort_tensors(tensors, config, codec)
-        described = {"options": _sizes(config)}
+        shapes = [{"shape": list(t.shape)} for t in tensors.values()]
+        described = {"options": _sizes(config), "sites": shapes}
         with limit_allocation(described, tensors, str(file)):
-            adapter = _build(method, codec, config, found, model, name or _name_of(folder))
-        _fill(adapter, codec, found)
+            adapter = build_adapter_of(method, config, found, model, name or name_of(folder))
         _add_base_tensors(adapter, found.base, config, model)
         _add_modules(adapter, found.modules, model)
     except (PlaitError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as e:
         cause = f"lacks {e}" if type(e) is KeyError else " ".join(str(e).split())[:500]
         raise FormatError(f"{folder}: {cause.removeprefix(f'{file}: ')}") from e
-    for delta in adapter.deltas.values():
-        delta.site = delta.site.bare()
     warn_not_finite(weights, tensors)
     return adapter
 
@@ -132,8 +130,10 @@ def _sizes(config: Mapping[str, Any]) -> list[Any]:
     return [config.get("r"), config.get("rank_pattern"), config.get("mini_r")]
 
 
-def _name_of(folder: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9_\-]+", "-", folder.resolve().name).strip("-") or "default"
+def name_of(path: Path) -> str:
+    """An adapter's name from the folder or file it was found in."""
+    stem = path.resolve().name.removesuffix(path.suffix if path.is_file() else "")
+    return re.sub(r"[^A-Za-z0-9_\-]+", "-", stem).strip("-") or "default"
 
 
 # -- sorting the tensors --------------------------------------------------------------------------
@@ -187,14 +187,16 @@ def _holds_parameter(module: str, config: Mapping[str, Any]) -> bool:
 # -- building -------------------------------------------------------------------------------------
 
 
-def _build(
+def build_adapter_of(
     method: Method,
-    codec: PeftCodec,
     config: dict[str, Any],
     found: Sorted,
     model: nn.Module | None,
     name: str,
 ) -> Adapter:
+    """The adapter of the tensors in `found`, read by the method's codec."""
+    codec = method.peft
+    assert codec is not None
     modules = {} if model is None else dict(base_modules(model))
     _name_parameters(found, config, modules)
     whole = PeftSite("", config, {}, found.shared)
@@ -211,7 +213,9 @@ def _build(
     options = make_options(method, codec.options(whole))
     info = {"base": config.get("base_model_name_or_path"), "task_type": config.get("task_type")}
     info = {k: v for k, v in info.items() if v}
-    return build_adapter(name, method, pieces, options, by_site=by_site, info=info)
+    adapter = build_adapter(name, method, pieces, options, by_site=by_site, info=info)
+    _fill(adapter, codec, found)
+    return adapter
 
 
 def _in_order(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
