@@ -237,6 +237,13 @@ def test_by_default_growth_is_spread_to_end_in_time() -> None:
     assert sum(ranks(adapter)) == 40
 
 
+def test_growth_needs_a_reserve() -> None:
+    model, _ = adapted(reserve=0)
+    with pytest.raises(plait.PlaitError, match="no reserve"):
+        plait.RuleStack(model, [rule()])
+    plait.RuleStack(model, [rule(target_rank=1)])
+
+
 def test_other_methods_are_refused() -> None:
     model = make_stack()
     plait.attach(model, "lora", rank=2, seed=0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from plait.adapter import Rule, Run, make_group
 from plait.adapter.targets import base_modules
 from plait.errors import PlaitError
 
@@ -20,6 +23,21 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             seen.add(id(parameter))
             found[f"{path}.{name}" if path else name] = parameter
     return found
+
+
+class FullTraining(Rule):
+    """Every base weight trains: what `method: none` means when no rule says otherwise."""
+
+    needs_adapter = False
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        for parameter in base_parameters(run.model).values():
+            parameter.requires_grad_(True)
+
+    def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        named = [(f"base/{n}", p) for n, p in base_parameters(self.run.model).items()]
+        return [*groups, make_group(named, self.run.lr, self.run.weight_decay)]
 
 
 def refuse_several_processes(rule: str, why: str) -> None:

@@ -181,8 +181,14 @@ class Increlora(Rule):
                     f"rule Increlora grows gated components, which {name!r} has not; "
                     "use method increlora."
                 )
-            if delta.reserve == 0 and delta.rank < self.target_rank:
-                raise PlaitError(f"increlora: {name!r} has no reserve to grow from; set reserve.")
+        deltas = dict(_growing(run))
+        # A resumed adapter that has reached its budget has no reserve any more, and needs none.
+        if sum(d.rank for d in deltas.values()) < round(self.target_rank * len(deltas)):
+            for name, delta in deltas.items():
+                if delta.reserve == 0:
+                    raise PlaitError(
+                        f"increlora: {name!r} has no reserve to grow from; set reserve."
+                    )
         refuse_several_processes("Increlora", "changes the shapes of parameters")
         self._plan(run)
 
