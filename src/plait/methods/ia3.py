@@ -10,15 +10,18 @@ Paper: Liu et al., 2022, arXiv 2205.05638. Parameters: out, or in at feed-forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plait.adapter import Delta, Method, Options, Site, Traits, per_site
+from plait.adapter import Delta, Method, Options, PeftCodec, Site, Traits, per_site
 from plait.adapter.build import site_matches
+from plait.adapter.formats.peft_codec import any_transposed
+from plait.adapter.method import PeftSite
 from plait.errors import PlaitError
 from plait.methods._rescale import rescale
 
@@ -102,6 +105,30 @@ def _length(site: Site, o: Ia3Options) -> int:
     return site.details["kernel"][0] if site.kind == "conv" else site.in_features
 
 
+def _peft_options(found: PeftSite) -> dict[str, Any]:
+    inner = found.config.get("feedforward_modules") or []
+    # PEFT takes any path that ends in one of the names, within a word too.
+    return {"feedforward": [inner] if isinstance(inner, str) else [f".*{n}" for n in inner]}
+
+
+def _read_peft(delta: Delta, found: PeftSite) -> None:
+    delta.get_parameter("l").copy_(found.tensors["ia3_l"].flatten())
+
+
+def _write_peft(delta: Delta) -> dict[str, Tensor]:
+    assert isinstance(delta, Ia3Delta)
+    if delta.site.kind == "conv":
+        return {"ia3_l": delta.l.reshape(1, -1, *[1] * (len(delta.site.details["kernel"]) - 1))}
+    return {"ia3_l": delta.l.reshape(1, -1) if delta.feedforward else delta.l.reshape(-1, 1)}
+
+
+def _peft_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
+    inner = [p for p, d in deltas.items() if isinstance(d, Ia3Delta) and d.feedforward]
+    # A pattern, because PEFT wants a list's names to be among its target_modules too.
+    pattern = "|".join(re.escape(p) for p in sorted(inner)) or "(?!)"
+    return {"feedforward_modules": pattern, "fan_in_fan_out": any_transposed(deltas)}
+
+
 METHOD = Method(
     name="ia3",
     title="(IA)^3: infused adapter by inhibiting and amplifying inner activations",
@@ -111,4 +138,12 @@ METHOD = Method(
     delta=Ia3Delta,
     count=per_site(_length),
     targets=("k_proj", "v_proj", "down_proj"),
+    peft=PeftCodec(
+        type="IA3",
+        keys={"l": "ia3_l"},
+        options=_peft_options,
+        config=_peft_config,
+        read=_read_peft,
+        write=_write_peft,
+    ),
 )

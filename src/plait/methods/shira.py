@@ -14,15 +14,17 @@ Paper: Bhardwaj et al., 2024, arXiv 2406.13175. Parameters: p a site (density, o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from plait.adapter import Delta, Initializer, Method, Options, Site, per_site
-from plait.errors import PlaitError
+from plait.adapter import Delta, Initializer, Method, Options, PeftCodec, Site, per_site
+from plait.adapter.formats.peft_codec import any_transposed
+from plait.adapter.method import PeftSite
+from plait.errors import FormatError, PlaitError
 from plait.kernels._gate import plain_path
 from plait.methods._sparse import Layout, has_sparse, make_layout, sparse_linear
 from plait.statistics import gradient_pass
@@ -175,6 +177,34 @@ class MaskFromGradient(Initializer):
         delta.choose(scores)
 
 
+def _read_peft(delta: Delta, found: PeftSite) -> None:
+    rows, columns = found.tensors["shira_indices"].long()
+    flat = rows * delta.site.in_features + columns
+    values = found.tensors["shira_weight"]
+    if len(flat) != len(values) or len(flat) != len(delta.get_parameter("values")):
+        raise FormatError(f"{found.path!r} has {len(values)} values at {len(flat)} positions.")
+    kind = delta.get_buffer("indices").dtype
+    delta.frozen("indices", len(flat), dtype=kind).copy_(flat.sort().values)
+    delta.get_parameter("values").copy_(values[flat.argsort()])
+
+
+def _write_peft(delta: Delta) -> dict[str, Tensor]:
+    flat = delta.get_buffer("indices").long()
+    columns = delta.site.in_features
+    places = torch.stack([flat // columns, flat % columns]).int()
+    return {"shira_weight": delta.get_parameter("values"), "shira_indices": places}
+
+
+def _peft_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
+    found = {len(d.get_parameter("values")) / sum(d.site.shape) for d in deltas.values()}
+    rank = found.pop()
+    if found or rank != int(rank) or any(d.site.kind == "conv" for d in deltas.values()):
+        raise PlaitError(
+            "PEFT's SHiRA has r (in + out) entries in every linear; attach with rank=."
+        )
+    return {"r": int(rank), "fan_in_fan_out": any_transposed(deltas)}
+
+
 METHOD = Method(
     name="shira",
     title="SHiRA: sparse high rank adapters",
@@ -183,4 +213,12 @@ METHOD = Method(
     options=ShiraOptions,
     delta=ShiraDelta,
     count=per_site(entries),
+    peft=PeftCodec(
+        type="SHIRA",
+        keys={"values": "shira_weight", "indices": "shira_indices"},
+        options=lambda found: {"rank": found.config["r"]},
+        config=_peft_config,
+        read=_read_peft,
+        write=_write_peft,
+    ),
 )
