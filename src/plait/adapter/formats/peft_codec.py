@@ -5,9 +5,7 @@
     embedding    lora_embedding_A [r, vocabulary], lora_embedding_B [dim, r]
     experts      lora_A.weight [E r, in], lora_B.weight [out, r E], the experts flattened in
 
-The scale is in the configuration only. A folder whose `init_lora_weights` took something out of W
-(PiSSA, OLoRA) and was not converted holds factors against the residual base: what was taken out
-follows from W, and is held back here, so that the adapter acts on the original base.
+The scale is in the configuration only.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from plait.adapter.build import site_matches
 from plait.adapter.delta import Delta
+from plait.adapter.formats.peft_starts import hold_back_start
 from plait.adapter.method import PeftCodec, PeftSite
 from plait.adapter.pair import PairDelta
 from plait.adapter.site import (
@@ -199,7 +198,7 @@ def _read_pair(delta: PairDelta, found: PeftSite) -> None:
         if "c" not in delta._parameters:
             raise FormatError(f"{found.path!r} has a bias, which {type(delta).__name__} lacks.")
         _put(delta, "c", found.tensors[SHIFT] * delta.scaling)
-    _hold_back(delta, str(found.config.get("init_lora_weights", True)).lower())
+    hold_back_start(delta, str(found.config.get("init_lora_weights", True)).lower())
 
 
 def _put(delta: Delta, name: str, value: Tensor) -> None:
@@ -227,59 +226,6 @@ def _unflatten_experts(delta: PairDelta, A: Tensor, B: Tensor) -> tuple[Tensor, 
 
 def _stored_transposed(delta: Delta) -> bool:
     return bool(getattr(delta.site.base, "is_transposed", False))
-
-
-# -- starts that took something out of W ----------------------------------------------------------
-
-
-def _principal(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = S[:r].sqrt()
-    return root[:, None] * Vh[:r], U[:, :r] * root
-
-
-def _leading_qr(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    Q, R = torch.linalg.qr(W)
-    return R[:r], Q[:, :r]
-
-
-RESIDUAL: dict[str, tuple[Callable[[Tensor, int], tuple[Tensor, Tensor]], bool]] = {
-    "pissa": (_principal, True),
-    "olora": (_leading_qr, False),
-}
-"""{init_lora_weights: (what it took out of W as A, B; whether that is divided by the scaling)}."""
-
-LOST = {
-    "pissa_niter": "a randomised SVD",
-    "corda": "covariances of training data",
-    "lora_ga": "gradients of training data",
-    "loftq": "a quantised base",
-}
-"""Starts that cannot be computed again, and what they were made from."""
-
-
-def _hold_back(delta: PairDelta, start: str) -> None:
-    for name, source in LOST.items():
-        if start.startswith(name):
-            raise FormatError(
-                f"init_lora_weights={start!r}: the factors belong to a base that was changed with "
-                f"{source}, which is not in the folder; save it from PEFT with "
-                "path_initial_model_for_weight_conversion=..., which converts it to a plain LoRA."
-            )
-    if start not in RESIDUAL or delta.site.kind != "linear":
-        return
-    if delta.site.module is None:
-        raise FormatError(
-            f"init_lora_weights={start!r}: what was taken out of the base must be computed from "
-            "it; pass model= (or use plait.load)."
-        )
-    compute, divided = RESIDUAL[start]
-    with torch.no_grad():
-        A, B = compute(delta.site.weight().detach().float(), delta.rank)
-        delta.allocate_held(delta.rank)
-        held_A, held_B = delta.get_buffer("held_A"), delta.get_buffer("held_B")
-        held_A.copy_(A)
-        held_B.copy_(B / delta.scaling if divided else B)
 
 
 # -- writing ------------------------------------------------------------------------------------

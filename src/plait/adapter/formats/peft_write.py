@@ -19,7 +19,8 @@ from plait.adapter.convert import to_lora
 from plait.adapter.delta import Delta
 from plait.adapter.formats import plait as own_format
 from plait.adapter.formats.atomic import json_writer, tensors_writer, text_writer, write_folder
-from plait.adapter.formats.peft import CONFIG, PREFIX, TENSORS
+from plait.adapter.formats.peft import CONFIG, TENSORS
+from plait.adapter.formats.peft_build import PREFIX
 from plait.adapter.method import PeftCodec
 from plait.adapter.replacement import ParameterDelta, ReplacementDelta, is_extra
 from plait.adapter.targets import base_modules

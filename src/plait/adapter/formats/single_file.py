@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from plait.adapter.adapter import Adapter
 from plait.adapter.delta import Delta
 from plait.adapter.formats.atomic import tensors_writer, write_file
-from plait.adapter.formats.peft import Sorted, build_adapter_of, name_of
+from plait.adapter.formats.peft import name_of
+from plait.adapter.formats.peft_build import Sorted, build_adapter_of
 from plait.adapter.formats.tensors import read_tensors, warn_not_finite
 from plait.adapter.method import PeftSite
 from plait.adapter.registry import get_method
