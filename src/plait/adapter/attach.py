@@ -22,6 +22,7 @@ from plait.adapter.build import (
 )
 from plait.adapter.delta import Delta
 from plait.adapter.method import Initializer, Method
+from plait.adapter.pair import PairOptions
 from plait.adapter.replacement import add_modules, find_modules
 from plait.adapter.seeds import fresh_seed
 from plait.adapter.site import Site, make_site
@@ -89,7 +90,7 @@ def attach(
     pieces = [(s, c) for s, c in pieces if not any(f"{s.path}.".startswith(f"{w}.") for w in whole)]
     start = registry.get_initializer(initializer or (method.initializer and method.initializer()))
     with base_weights(model):
-        found = _collect(start, model, pieces, data)
+        found = _collect(start, model, pieces, data, getattr(chosen, "rank", 0))
         by_site = options_by_site([s for s, _ in pieces], chosen, overrides or {})
         if start is not None:
             pieces, by_site = _with_ranks(start, pieces, by_site, found)
@@ -112,6 +113,7 @@ def _collect(
     model: nn.Module,
     pieces: Sequence[tuple[Site, type[Delta]]],
     data: Iterable[Any] | None,
+    rank: int,
 ) -> dict[str, Any]:
     if start is None:
         return {}
@@ -120,7 +122,7 @@ def _collect(
             f"initialiser {type(start).__name__} needs {', '.join(sorted(start.needs))}; "
             "pass data=<batches>, a list of dicts for model(**batch)."
         )
-    return start.collect(model, [s for s, _ in pieces], data)
+    return start.collect(model, [s for s, _ in pieces], data, rank)
 
 
 def _with_ranks(
@@ -132,6 +134,11 @@ def _with_ranks(
     ranks = start.ranks(sites, found, rank)
     for path, r in ranks.items():
         old = by_site[path]
+        if not isinstance(old, PairOptions):
+            raise PlaitError(
+                f"initialiser {type(start).__name__} chooses ranks, which {type(old).__name__} "
+                "does not have; use it with a method such as lora."
+            )
         # alpha follows the rank: the scaling stays as configured.
         root = (r / old.rank) ** (0.5 if old.rslora else 1.0)
         by_site[path] = dataclasses.replace(old, rank=r, alpha=old.scaling * _root(old) * root)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.adapter import seeds
@@ -99,6 +100,11 @@ class Delta(nn.Module):
     def prepare(cls, sites: Sequence[Site], options: Any, shared: SharedTensors) -> None:
         """Register what the adapter's deltas share, before any of them is built."""
 
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an input feature now: the option of that name, in training."""
+        return getattr(self.options, "dropout", 0.0) if self.training else 0.0
+
     def build(self) -> None:
         """Allocate parameters and buffers (zeros, or regenerated from the seed)."""
 
@@ -107,6 +113,8 @@ class Delta(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The additive change of the site's output for input `x` (and base output `y`)."""
+        if self.dropout and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
         low = self.factors()
         if low is not None:
             change = self.site.apply_low_rank(x, low.A.to(_dtype(x, low.A)), _scaled_B(low, x))

@@ -127,9 +127,12 @@ class Initializer:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def collect(
-        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None
+        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None, rank: int
     ) -> dict[str, Any]:
-        """One streaming pass over `data` for what `needs` names; {path: statistics}."""
+        """One streaming pass over `data` for what `needs` names; {path: statistics}.
+
+        `rank` is the options' (0 where they have none).
+        """
         return {}
 
     def ranks(self, sites: Sequence[Site], statistics: dict[str, Any], rank: int) -> dict[str, int]:

@@ -92,10 +92,6 @@ class PairDelta(Delta):
     def scaling(self) -> float:
         return self.options.scaling
 
-    @property
-    def dropout(self) -> float:
-        return self.options.dropout if self.training else 0.0
-
     def trained(self) -> LowRank:
         """scaling * B A alone, without what is held back."""
         return LowRank(B=self.B, A=self.A, scale=self.scaling)

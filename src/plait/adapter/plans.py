@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from plait import kernels
 from plait.adapter.delta import Delta, add_change
-from plait.adapter.pair import PairDelta
 from plait.adapter.siblings import Siblings
 from plait.adapter.site import LinearSite, Site, base_class
 
@@ -40,7 +39,7 @@ class Fused:
 
     @property
     def dropout(self) -> float:
-        return getattr(self.entries[0][0], "dropout", 0.0)
+        return self.entries[0][0].dropout
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A, B and scale of what is active here."""
@@ -178,7 +177,7 @@ def _plan_of_outputs(entries: Sequence[Entry]) -> Any:
 
 
 def _same_dropout(entries: Sequence[Entry]) -> bool:
-    return len({d.options.dropout for d, _ in entries if isinstance(d, PairDelta)}) <= 1
+    return len({getattr(d.options, "dropout", 0.0) for d, _ in entries}) <= 1
 
 
 def _has_plain_weight(site: Site) -> bool:

@@ -126,7 +126,7 @@ class _FusedRows:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         x = first_input(args, kwargs)
-        if any(getattr(d, "dropout", 0.0) for d in self.deltas.values()):
+        if any(d.dropout for d in self.deltas.values()):
             return self.apart(x)  # each adapter draws its own mask
         self.batch.check(x, self.site.path)
         y = self.site.forward(x)

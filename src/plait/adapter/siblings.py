@@ -7,9 +7,10 @@ accumulated input gradient) and the others, when they are called with the same t
 what is ready. A sibling called with anything else computes for itself, and after a few such misses
 is left out.
 
-What was learned changes results by rounding alone: a sibling that runs alone on a shared input takes
-the seed of its leader's dropout mask, so the random stream is the same in a resumed run. Passes
-without gradients are not grouped: a model's answers are the same bits from the first call on.
+What was learned changes results by rounding alone: a sibling that runs alone on a shared input
+takes the seed of its leader's dropout mask, so the random stream is the same in a resumed run.
+Passes without gradients are not grouped: a model's answers are the same bits from the first call
+on.
 """
 
 from __future__ import annotations

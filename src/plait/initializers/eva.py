@@ -50,21 +50,20 @@ class Eva(Initializer):
             )
 
     def collect(
-        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None
+        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None, rank: int
     ) -> dict[str, Any]:
-        # How many components to follow depends on the rank, which `ranks` is the first to hear.
-        return {"model": model, "data": data or ()}
-
-    def ranks(self, sites: Sequence[Site], statistics: dict[str, Any], rank: int) -> dict[str, int]:
-        model, data = statistics.pop("model"), statistics.pop("data")
-        reduce = InputSVD(round(self.rho * rank), tau=self.tau)
         reading = [s for s in sites if s.kind in ("linear", "conv")]
         if not reading:
             return {}
-        statistics |= activation_pass(
-            model, reading, data, reduce, ignore_unlabelled=self.ignore_unlabelled
+        reduce = InputSVD(round(self.rho * rank), tau=self.tau)
+        return dict(
+            activation_pass(
+                model, reading, data or (), reduce, ignore_unlabelled=self.ignore_unlabelled
+            )
         )
-        return redistribute(statistics, rank * len(reading))
+
+    def ranks(self, sites: Sequence[Site], statistics: dict[str, Any], rank: int) -> dict[str, int]:
+        return redistribute(statistics, rank * len(statistics)) if statistics else {}
 
     def start(self, delta: Delta, statistics: Sketch | None) -> None:
         pair = require_pair(delta, "eva")

@@ -56,7 +56,7 @@ class LoraGA(Initializer):
             )
 
     def collect(
-        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None
+        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None, rank: int
     ) -> dict[str, Any]:
         return dict(gradient_pass(model, sites, data or ()))
 

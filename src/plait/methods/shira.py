@@ -162,7 +162,7 @@ class MaskFromGradient(Initializer):
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
     def collect(
-        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None
+        self, model: nn.Module, sites: Sequence[Site], data: Iterable[Any] | None, rank: int
     ) -> dict[str, Any]:
         return dict(gradient_pass(model, sites, data or ()))
 
