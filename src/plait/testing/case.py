@@ -114,6 +114,11 @@ class Case:
 
     # -- moves ----------------------------------------------------------------------------------
 
+    def output(self, model: nn.Module, x: Tensor) -> Tensor:
+        """The model's logits without gradients: the same bits whatever passes came before."""
+        with torch.no_grad():
+            return self.run(model, x)
+
     def run(self, model: nn.Module, x: Tensor) -> Tensor:
         """The model's logits; routed methods get their example context."""
         with self.context(model):
@@ -208,18 +213,6 @@ def same(got: Tensor, wanted: Tensor, what: str) -> None:
     got, wanted = got.detach(), wanted.detach()
     gap = 0.0 if got.shape != wanted.shape else float((got - wanted).abs().double().max())
     assert torch.equal(got, wanted), f"{what}: differs (by {gap:.2e}), but must be equal in bits"
-
-
-def same_output(case: Case, got: Tensor, wanted: Tensor, what: str) -> None:
-    """Bit for bit; in a transformer up to rounding.
-
-    There linears that read one tensor run as a group from their second pass on, and one stacked
-    product may round otherwise than three.
-    """
-    if case.kind == "module":
-        close(got, wanted, 1e-2 if case.dtype == torch.bfloat16 else 2e-6, what)
-    else:
-        same(got, wanted, what)
 
 
 def same_tensors(got: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:

@@ -17,7 +17,6 @@ from plait.testing.case import (
     must_refuse,
     perturb,
     same,
-    same_output,
     traits_all,
     traits_any,
 )
@@ -33,9 +32,9 @@ def zero_start(case: Case) -> None:
     """
     model = case.model()
     x = case.x()
-    base = case.run(model, x)
+    base = case.output(model, x)
     adapter = case.attach(model)
-    got = case.run(model, x)
+    got = case.output(model, x)
     if not traits_all(adapter, "zero_start"):
         # bfloat16 may swallow a start that is only nearly zero.
         assert case.dtype == torch.bfloat16 or not torch.equal(got, base), (
@@ -62,10 +61,10 @@ def forward_equals_dense(case: Case) -> None:
     _needs_linear(adapter)
     oracle = with_dense(case, {"a": adapter}, {"a": 1.0})
     for x in case.inputs():
-        wanted = case.run(oracle, _double(x))
-        close(case.run(model, x), wanted, TOLERANCE[case.dtype], f"output for x {list(x.shape)}")
-    base = case.run(case.model(torch.float64), _double(case.x()))
-    moved = (case.run(oracle, _double(case.x())) - base).detach().abs().max()
+        wanted = case.output(oracle, _double(x))
+        close(case.output(model, x), wanted, TOLERANCE[case.dtype], f"output for x {list(x.shape)}")
+    base = case.output(case.model(torch.float64), _double(case.x()))
+    moved = (case.output(oracle, _double(case.x())) - base).detach().abs().max()
     assert float(moved) > 1e-4, "the perturbed adapter changes nothing: this check proves nothing"
 
 
@@ -75,9 +74,11 @@ def adapt_equals_forward(case: Case) -> None:
     if traits_any(adapter, "edits_base"):
         raise NotApplicable("the change lives in the weights")
     for x in case.inputs():
-        fast = case.run(model, x)
+        fast, trained = case.output(model, x), case.run(model, x)
         activate(model, {"a": torch.tensor(1.0, dtype=case.dtype)})
-        close(fast, case.run(model, x), TOLERANCE[case.dtype], "adapt against base + forward")
+        wanted = case.output(model, x)
+        close(fast, wanted, TOLERANCE[case.dtype], "adapt against base + forward")
+        close(trained, wanted, TOLERANCE[case.dtype], "adapt in a pass that trains")
         activate(model, "a")
 
 
@@ -89,11 +90,11 @@ def weighted(case: Case) -> None:
         return
     x = case.x()
     activate(model, {"a": 0.0})
-    same(case.run(model, x), case.run(case.model(), x), "output at weight 0")
+    same(case.output(model, x), case.output(case.model(), x), "output at weight 0")
     _needs_linear(adapter)
     activate(model, {"a": 0.5})
-    wanted = case.run(with_dense(case, {"a": adapter}, {"a": 0.5}), _double(x))
-    close(case.run(model, x), wanted, TOLERANCE[case.dtype], "output at weight 0.5")
+    wanted = case.output(with_dense(case, {"a": adapter}, {"a": 0.5}), _double(x))
+    close(case.output(model, x), wanted, TOLERANCE[case.dtype], "output at weight 0.5")
 
 
 def fused_equals_unfused(case: Case) -> None:
@@ -103,15 +104,15 @@ def fused_equals_unfused(case: Case) -> None:
         must_refuse(lambda: fuse(model), "fusing what is not linear in x, or lives in the weights")
         return
     x = case.x()
-    before, stored = case.run(model, x), {n: (p, p.clone()) for n, p in model.named_parameters()}
+    before, stored = case.output(model, x), {n: (p, p.clone()) for n, p in model.named_parameters()}
     fuse(model)
     # In bfloat16 W + dW is rounded once more than W and the change apart.
-    close(case.run(model, x), before, 1.5 * TOLERANCE[case.dtype], "fused output")
+    close(case.output(model, x), before, 1.5 * TOLERANCE[case.dtype], "fused output")
     unfuse(model)
     for name, parameter in model.named_parameters():
         assert parameter is stored[name][0], f"unfuse left another object at {name!r}"
         same(parameter, stored[name][1], f"parameter {name!r} after unfuse")
-    same_output(case, case.run(model, x), before, "output after unfuse")
+    same(case.output(model, x), before, "output after unfuse")
 
 
 def to_lora_is_what_it_says(case: Case) -> None:
@@ -129,10 +130,10 @@ def to_lora_is_what_it_says(case: Case) -> None:
         if bias is not None:
             assert other is not None, f"{path}: the change of the bias was lost"
             close(other, bias, 1e-6, f"{path}: bias")
-    wanted = case.run(with_dense(case, {"a": low}, {"a": 1.0}), _double(case.x()))
+    wanted = case.output(with_dense(case, {"a": low}, {"a": 1.0}), _double(case.x()))
     fresh = case.model()
     install(fresh, bind(low, fresh))
-    close(case.run(fresh, case.x()), wanted, 2e-5, "the exported LoRA on a fresh base")
+    close(case.output(fresh, case.x()), wanted, 2e-5, "the exported LoRA on a fresh base")
 
 
 def _check_export(path: str, wanted: Tensor, got: Tensor, low: Adapter, approximate: bool) -> None:
@@ -151,30 +152,30 @@ def two_adapters(case: Case) -> None:
     """Two adapters of the method: a, b, both, none give what each should; training b leaves a."""
     model, a = case.adapted()
     x = case.x()
-    only_a = case.run(model, x)
+    only_a = case.output(model, x)
     b = case.attach(model, "b", seed=2, activate=False)
     perturb(b, 2)
-    same_output(case, case.run(model, x), only_a, "output of a after b was attached inactive")
+    same(case.output(model, x), only_a, "output of a after b was attached inactive")
     activate(model, {})
-    same(case.run(model, x), case.run(case.model(), x), "output with none active")
+    same(case.output(model, x), case.output(case.model(), x), "output with none active")
     activate(model, "b")
     alone_model, _ = case.adapted("b", seed=2)
-    same_output(case, case.run(model, x), case.run(alone_model, x), "output of b beside a")
+    same(case.output(model, x), case.output(alone_model, x), "output of b beside a")
     if traits_any(a, "edits_base"):
         must_refuse(lambda: activate(model, ["a", "b"]), "two adapters that edit the base at once")
     else:
         activate(model, ["a", "b"])
-        both = case.run(model, x)
+        both = case.output(model, x)
         if traits_all(a, "linear_in_x"):
             oracle = with_dense(case, {"a": a, "b": b}, {"a": 1.0, "b": 1.0})
-            wanted = case.run(oracle, _double(x))
+            wanted = case.output(oracle, _double(x))
             close(both, wanted, TOLERANCE[case.dtype], "both active")
     activate(model, "b")
     _one_step(case, model, b, a)
     activate(model, "a")
-    same_output(case, case.run(model, x), only_a, "output of a after training b")
+    same(case.output(model, x), only_a, "output of a after training b")
     detach(model, "b")
-    same_output(case, case.run(model, x), only_a, "output of a after detaching b")
+    same(case.output(model, x), only_a, "output of a after detaching b")
 
 
 def _one_step(case: Case, model: nn.Module, trained: Adapter, other: Adapter) -> None:
@@ -200,10 +201,10 @@ def per_row_equals_one_by_one(case: Case) -> None:
         return
     x = case.x()
     with per_row(model, rows):
-        together = case.run(model, x)
+        together = case.output(model, x)
     for i, name in enumerate(rows):
         activate(model, [name] if name else [])
-        close(together[i : i + 1], case.run(model, x[i : i + 1]), 2e-5, f"row {i} ({name})")
+        close(together[i : i + 1], case.output(model, x[i : i + 1]), 2e-5, f"row {i} ({name})")
 
 
 # -- the oracle -----------------------------------------------------------------------------------
