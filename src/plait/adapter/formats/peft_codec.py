@@ -208,7 +208,7 @@ def _put(delta: Delta, name: str, value: Tensor) -> None:
             f"{delta.site.path!r}: {name} has shape {list(value.shape)} in the file, but the "
             f"configuration and the site ask for {list(own.shape)}."
         )
-    own.data = value.detach().to(own.device).contiguous()
+    own.data = value.detach().to(own.device).clone(memory_format=torch.contiguous_format)
 
 
 def _unflatten_experts(delta: PairDelta, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

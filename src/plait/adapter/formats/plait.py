@@ -125,7 +125,8 @@ def read_plait(path: Path, name: str | None = None) -> Adapter:
     try:
         with limit_allocation(described, tensors, str(file)):
             adapter = _build(described, tensors, name)
-        adapter.load_state_dict(tensors, assign=True)
+        # Clones, because a product's last bit may depend on how its factors lie in memory.
+        adapter.load_state_dict({k: t.clone() for k, t in tensors.items()}, assign=True)
         _check_seeded(adapter, described.get("checksums", {}), described.get("torch"))
     except FormatError as e:
         raise e if str(file) in str(e) else FormatError(f"{file}: {e}") from None
