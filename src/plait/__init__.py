@@ -68,7 +68,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
         routing,
         unfuse,
     )
-    from plait.adapter.formats import load, read_adapter
+    from plait.adapter.formats import load, read_adapter  # noqa: F401
     from plait.errors import PlaitError  # noqa: F401
     from plait.merging import merge  # noqa: F401
 
