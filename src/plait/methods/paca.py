@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, Site, Traits, per_site
+from plait.adapter import Delta, Method, Options, Traits, per_site
 from plait.errors import PlaitError
-from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
+from plait.kernels._gate import plain_path
 from plait.linalg import LowRank
+from plait.methods._columns import column_linear
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,6 @@ class PacaDelta(Delta):
         self._mark: tuple[int, ...] | None = None  # versions of P and W when they last agreed
         self._had_gradient = False
 
-    # -- the columns inside W ---------------------------------------------------------------------
-
     def activated(self) -> None:
         if self.original is not None:
             return
@@ -80,11 +77,10 @@ class PacaDelta(Delta):
         self._write()
 
     def deactivated(self) -> None:
-        if self.original is None:
-            return
-        with torch.no_grad():
-            self.site.weight().index_copy_(1, self.columns, self.original)
-        self.original = None
+        if self.original is not None:
+            with torch.no_grad():
+                self.site.weight().index_copy_(1, self.columns, self.original)
+            self.original = None
 
     def _write(self) -> Tensor:
         """W, after its columns were brought up to P (also when the base was loaded over them)."""
@@ -99,18 +95,18 @@ class PacaDelta(Delta):
         self._mark, self._had_gradient = self._versions(weight), False
         return weight
 
+    def _note_gradient(self) -> None:
+        self._had_gradient = True
+
     def _versions(self, weight: Tensor) -> tuple[int, ...]:
-        tensors = (self.P, weight)
-        counts = [-1 if t.is_inference() else t._version for t in tensors]
-        return (*counts, *(t.data_ptr() for t in tensors))
+        counts = [-1 if t.is_inference() else t._version for t in (self.P, weight)]
+        return (*counts, self.P.data_ptr(), weight.data_ptr())
 
     def _target(self) -> Tensor:
         """The columns that W should hold, in W's dtype."""
         assert self.original is not None
         wide = self.original.to(torch.promote_types(self.original.dtype, self.P.dtype))
         return (wide + self.options.scaling * self.P).to(self.original.dtype)
-
-    # -- what it computes -------------------------------------------------------------------------
 
     def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -121,13 +117,14 @@ class PacaDelta(Delta):
             # Right whether or not W is up to date, so that compilers need no side effect.
             missing = self._target() - weight.detach().index_select(1, self.columns)
             picked = x.index_select(-1, self.columns)
-            self._had_gradient = True
+            self._note_gradient()
             return F.linear(x, weight, bias) + F.linear(picked, missing)
-        return _ColumnLinear.apply(x, self.P, self._write(), bias, self, compute_dtype(x))
+        live, scaling = self._write(), self.options.scaling
+        return column_linear(x, self.P, live, bias, self.columns, scaling, self._note_gradient)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        picked = x.index_select(-1, self.columns)
-        return F.linear(picked, (self.options.scaling * self.P).to(x.dtype))
+        change = self.options.scaling * self.P
+        return F.linear(x.index_select(-1, self.columns), change.to(x.dtype))
 
     def factors(self) -> LowRank:
         A = F.one_hot(self.columns, self.site.in_features).to(self.P.dtype)
@@ -141,41 +138,6 @@ class PacaDelta(Delta):
         return {"columns": self.columns}  # the base's own columns are no draw of the seed
 
 
-class _ColumnLinear(Function):
-    """x W^T + b, keeping x[..., I] for P's gradient and nothing else of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x, P, weight, bias, delta, dtype):
-        inputs = x.to(dtype)
-        with exact_dtypes(x.device.type):
-            y = F.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype))
-        need_x, need_p = ctx.needs_input_grad[:2]
-        flat = inputs.reshape(-1, x.shape[-1])
-        picked = flat.index_select(1, delta.columns) if need_p else None
-        ctx.save_for_backward(picked, weight if need_x else None)
-        ctx.delta, ctx.dtypes = delta, (x.dtype, P.dtype)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor):
-        picked, weight = ctx.saved_tensors
-        grad_x = grad_p = None
-        with exact_dtypes(grad.device.type):
-            if weight is not None:
-                grad_x = grad.matmul(weight.to(grad.dtype)).to(ctx.dtypes[0])
-            if picked is not None:
-                ctx.delta._had_gradient = True
-                flat = grad.reshape(-1, grad.shape[-1])
-                grad_p = picked.t().mm(flat) * ctx.delta.options.scaling
-                grad_p = grad_p.t().to(ctx.dtypes[1])
-        return grad_x, grad_p, None, None, None, None
-
-
-def _count(site: Site, o: PacaOptions) -> int:
-    return o.rank * site.out_features
-
-
 METHOD = Method(
     name="paca",
     title="PaCA: partial connection adaptation",
@@ -183,5 +145,5 @@ METHOD = Method(
     axis="parameterisation",
     options=PacaOptions,
     delta=PacaDelta,
-    count=per_site(_count),
+    count=per_site(lambda site, o: o.rank * site.out_features),
 )
