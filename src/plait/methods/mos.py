@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from plait.adapter import Delta, Method, Options, SharedTensors, Site, Traits
 from plait.errors import PlaitError
 from plait.linalg import LowRank
+from plait.methods._shards import Place, padded, places
 
 
 @dataclass(frozen=True)
@@ -75,32 +75,6 @@ class MosOptions(Options):
         return rank
 
 
-@dataclass(frozen=True)
-class Place:
-    """A site's position among the layers that share its pools."""
-
-    pool: str
-    index: int
-    layers: int
-
-
-def places(sites: Sequence[Site]) -> dict[str, Place]:
-    """{path: place}; sites share pools when their last names and shapes agree."""
-    kinds: dict[str, list[str]] = {}
-    for site in sites:
-        name = f"{site.path.rpartition('.')[2]}_{site.out_features}x{site.in_features}"
-        kinds.setdefault(name, []).append(site.path)
-    return {
-        path: Place(name, index, len(paths))
-        for name, paths in kinds.items()
-        for index, path in enumerate(paths)
-    }
-
-
-def padded(size: int, shards: int) -> int:
-    return -(-size // shards) * shards
-
-
 class MosDelta(Delta):
     kinds = frozenset({"linear", "conv"})
     traits = Traits(low_rank=True)
@@ -131,16 +105,8 @@ class MosDelta(Delta):
         self.place: Place = table[self.site.path]
         self.rank = self.options.active_rank(self.place.layers, self.site.path)
         for side in ("A", "B"):
-            self.seeded_value(f"index_{side}", self._draw(side))
-
-    def _draw(self, side: str) -> Tensor:
-        """The shards of this layer's r vectors, [r l], public ones first."""
-        e, private, shards = self.options.pools
-        public = (e - private) * self.place.layers * shards
-        order = torch.randperm(public, generator=self.generator("shards", side))
-        first = public + self.place.index * private * shards
-        own = torch.arange(first, first + private * shards)
-        return torch.cat([order[: (self.rank - private) * shards], own])
+            drawn = self.place.draw(pools, self.rank, self.generator("shards", side))
+            self.seeded_value(f"index_{side}", drawn)
 
     @property
     def dropout(self) -> float:
