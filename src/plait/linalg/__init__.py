@@ -1,5 +1,6 @@
 """Linear algebra that adapters share: factored matrices, randomised SVD, solvers, transforms."""
 
+from plait.linalg.canonical import canonical_svd
 from plait.linalg.lowrank import LowRank
 from plait.linalg.rsvd import low_rank_approximation, randomized_svd
 from plait.linalg.solvers import (
@@ -12,6 +13,7 @@ from plait.linalg.transforms import kron_matvec, wht
 
 __all__ = [
     "LowRank",
+    "canonical_svd",
     "damped_inverse",
     "kron_matvec",
     "low_rank_approximation",

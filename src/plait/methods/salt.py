@@ -1,6 +1,6 @@
 """SALT: scale and shift the top singular values of W, and a low-rank change among the others.
 
-    W = U diag(S) V^T       U [out, q], V [in, q] frozen, q = min(out, in)
+    W = U diag(S) V^T       U [out, q], V [in, q] frozen, q = min(out, in); conv: in k k
 
              ┌ diag(a S_top + b)        0        ┐
     M    =   │                                   │      W' = U M V^T
@@ -9,10 +9,8 @@
 a [k], b [k] act on the k largest singular values, X [q-k, r] and Y [r, q-k] on the rest:
 dW = U_top diag(a S_top + b - S_top) V_top^T + (U_rest X) (Y V_rest^T), of rank k + r.
 Start: a = 1, b = 0, X ~ N(0, 0.01^2) and Y = 0, exactly W (the paper draws Y like X and starts
-beside it). The singular vectors are derived from W when the adapter is attached and never stored;
-they are computed in float64 with fixed signs, because in float32 another machine's rounding turns
-neighbouring vectors into each other and the same file would give another dW there.
-Convolutions are unrolled to [out, in k k].
+beside it). The singular vectors are derived from W when the adapter is attached and never stored:
+in float64 and with fixed signs, so that one file gives one dW whatever machine reads it.
 Paper: Elsayed et al., 2025, arXiv 2503.16055. Parameters: 2 k + 2 r (q - k) a site.
 """
 
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from plait.adapter import Context, Delta, Method, Options, Site, Traits, per_site
 from plait.errors import PlaitError
-from plait.linalg import LowRank
+from plait.linalg import LowRank, canonical_svd
 
 RELUS = ("values", "diagonal", "matrix", "none")
 
@@ -56,9 +54,7 @@ class SaltOptions(Options):
         q = min(site.out_features, site.in_features)
         top = q // 2 if self.top is None else self.top
         if not 0 <= top <= q:
-            raise PlaitError(
-                f"site {site.path!r} has {q} singular values, so top={top} does not fit."
-            )
+            raise PlaitError(f"top={top} does not fit the {q} singular values of {site.path!r}.")
         return top, q - top
 
 
@@ -72,9 +68,9 @@ class SaltDelta(Delta):
     Y: Tensor
 
     def build(self) -> None:
-        top, rest = self.options.split(self.site)
         if self.options.relu in ("diagonal", "matrix"):
             self.traits = Traits(depends_on_base=True)
+        top, rest = self.options.split(self.site)
         self.parameter("a", top)
         self.parameter("b", top)
         self.parameter("X", rest, self.options.rank)
@@ -86,11 +82,8 @@ class SaltDelta(Delta):
         self.X.mul_(0.01)
 
     def attached(self) -> None:
-        wide = self.site.weight().detach().double()
-        U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-        largest = U.gather(0, U.abs().argmax(0, keepdim=True))
-        signs = torch.where(largest < 0, -1.0, 1.0).to(wide)
-        for name, value in (("U", U * signs), ("S", S), ("Vh", signs.t() * Vh)):
+        found = canonical_svd(self.site.weight().detach())
+        for name, value in zip(("U", "S", "Vh"), found, strict=True):
             self.seeded_value(name, value.to(self.dtype))
 
     def seeded_tensors(self) -> dict[str, Tensor]:
@@ -98,8 +91,7 @@ class SaltDelta(Delta):
 
     def _singular(self) -> tuple[Tensor, Tensor, Tensor]:
         if "U" not in self._buffers:
-            _ = self.site.base  # raises, naming the site
-            self.attached()
+            self.attached()  # raises where there is no base, naming the site
         return self.get_buffer("U"), self.get_buffer("S"), self.get_buffer("Vh")
 
     def _shift(self, S: Tensor) -> Tensor:
@@ -109,7 +101,7 @@ class SaltDelta(Delta):
         return (moved if self.options.relu == "none" else moved.relu()) - top
 
     def factors(self) -> LowRank | None:
-        if self.options.relu in ("diagonal", "matrix"):
+        if not self.traits.low_rank:
             return None
         U, S, Vh = self._singular()
         top = self.a.shape[0]
@@ -118,17 +110,13 @@ class SaltDelta(Delta):
         return LowRank(B=B, A=A)
 
     def dense(self) -> Tensor:
-        low = self.factors()
-        if low is not None:
-            return low.dense()
+        if self.traits.low_rank:
+            return super().dense()
         U, S, Vh = self._singular()
         change = torch.block_diag(torch.diag(self._shift(S)), self.X @ self.Y)
         # relu(M) - diag(S), written so that an entry that is not clamped changes by exactly its XY.
-        floor = -torch.diag(S)
-        if self.options.relu == "diagonal":
-            floor = floor.masked_fill(
-                ~torch.eye(len(S), dtype=torch.bool, device=S.device), -torch.inf
-            )
+        elsewhere = 0.0 if self.options.relu == "matrix" else -torch.inf
+        floor = torch.full_like(change, elsewhere).diagonal_scatter(-S)
         return U @ torch.maximum(change, floor) @ Vh
 
     def regularization(self) -> Tensor:
@@ -137,16 +125,12 @@ class SaltDelta(Delta):
         shift = torch.linalg.vector_norm(self.a * S + self.b - S)
         square = ((self.X.t() @ self.X) * (self.Y @ self.Y.t())).sum()
         positive = square > 0
-        product = torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
-        return shift + product
+        return shift + torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
     @classmethod
     def auxiliary_loss(cls, deltas: Sequence[Delta], context: Context) -> Tensor | None:
-        terms = [
-            d.options.regularizer * d.regularization()
-            for d in deltas
-            if isinstance(d, SaltDelta) and d.options.regularizer
-        ]
+        ours = [d for d in deltas if isinstance(d, SaltDelta) and d.options.regularizer]
+        terms = [d.options.regularizer * d.regularization() for d in ours]
         return torch.stack(terms).sum() if terms else None
 
 
