@@ -14,7 +14,7 @@ Imported only when training starts (it pulls in transformers). What is overridde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,10 @@ class PlaitTrainer(Trainer):
     # -- one step ---------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        mask = inputs.get("attention_mask")
-        padding = mask if mask is not None and mask.dim() == 2 else None
-        seen = inputs["input_ids"].numel() if padding is None else padding.sum()
+        mask = padding_mask(inputs)
+        seen = inputs["input_ids"].numel() if mask is None else mask.sum()
         self.tokens = self.tokens.to(self.args.device) + seen
-        if self.adapter is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with routing(self.model, attention_mask=padding, step=self.state.global_step):
+        with self._routing(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -122,23 +119,31 @@ class PlaitTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """{"eval_loss"}: cross-entropy per trained token of the evaluation data."""
-        model, was = self.model_wrapped, self.model.training
-        model.eval()
+        was, size = self.model.training, self.args.per_device_eval_batch_size
+        self.model.eval()
+        # Every process takes its own rows; a sampler that evens batches out would count some twice.
+        rows: Any = self.eval_dataset
+        mine = rows[self.args.process_index :: self.args.world_size]
         total = torch.zeros(2, dtype=torch.float64)
-        for batch in self.get_eval_dataloader():
-            batch = self._prepare_inputs(batch)
+        for start in range(0, len(mine), size):
+            batch = self._prepare_inputs(self.data_collator(mine[start : start + size]))
             count = int((batch["labels"][:, 1:] != IGNORE).sum())
-            mask = batch.get("attention_mask")
-            values = {"attention_mask": mask if mask is not None and mask.dim() == 2 else None}
-            with routing(self.model, **values) if self.adapter is not None else nullcontext():
-                loss = float(self.compute_loss(model, batch))
-            total += torch.tensor([loss * count if count else 0.0, count], dtype=torch.float64)
+            with self._routing(batch):
+                loss = float(self.compute_loss(self.model, batch)) if count else 0.0
+            total += torch.tensor([loss * count, count], dtype=torch.float64)
         if self.args.world_size > 1:
-            total = self.accelerator.reduce(total.to(self.args.device).float(), "sum").cpu()
-        model.train(was)
+            total = self.accelerator.reduce(total.to(self.args.device), "sum").cpu()
+        self.model.train(was)
         metrics = {"eval_loss": float(total[0] / total[1].clamp_min(1))}
         self.log(dict(metrics))
         return metrics
+
+    def _routing(self, inputs: Any) -> AbstractContextManager[None]:
+        """What routers need beside x, for one batch."""
+        if self.adapter is None:
+            return nullcontext()
+        mask = padding_mask(inputs)
+        return routing(self.model, attention_mask=mask, step=self.state.global_step)
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -185,6 +190,12 @@ class PlaitTrainer(Trainer):
         self.create_optimizer()
         self._load_rules(folder)
         self.stack.finish()
+
+
+def padding_mask(inputs: Any) -> Tensor | None:
+    """The mask [batch, length] of real tokens; None for packed rows (hardly any padding)."""
+    mask = inputs.get("attention_mask")
+    return mask if mask is not None and mask.dim() == 2 else None
 
 
 class RuleHooks(TrainerCallback):
