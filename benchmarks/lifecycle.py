@@ -1,9 +1,10 @@
-"""Attach, save, load, switch, fuse: wall seconds of Plait and PEFT with 1, 10 and 50 adapters on a model.
+"""Attach, save, load, switch, fuse: wall seconds of Plait and PEFT with 1, 10 and 50 adapters on a
+model.
 
     python benchmarks/lifecycle.py --adapters 1 10 50 --rank 16
 
-SmolLM2-135M, all linear layers. Every operation is repeated (median of --repeats), Plait and PEFT in
-turn in one process over the same weights.
+SmolLM2-135M, all linear layers. Every operation is repeated (median of --repeats), Plait and PEFT
+in turn in one process over the same weights.
 """
 
 from __future__ import annotations

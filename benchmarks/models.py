@@ -1,4 +1,5 @@
-"""The base models that the benchmarks time: a six-layer one shaped like SmolLM2, and the real thing."""
+"""The base models that the benchmarks time: a six-layer one shaped like SmolLM2, and the real
+thing."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@
 The bound is the frozen base's forward and backward of activations alone: what any adapter must pay.
 Rounds are interleaved (bound, Plait, PEFT, bound, ...) in one process over the same weights, in CPU
 seconds of one thread, and the figure is the median of the paired ratios, so that a machine
-whose speed drifts does not bend it. `--memory` runs each in a process of its own and reads its peak.
+whose speed drifts does not bend it. `--memory` runs each in a process of its own and reads its
+peak.
 """
 
 from __future__ import annotations

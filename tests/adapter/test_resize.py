@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import plait
 from plait.adapter import PairDelta
@@ -134,3 +134,13 @@ def test_resizing_a_frozen_parameter_keeps_it_frozen() -> None:
     delta.A.requires_grad_(False)
     delta.keep([0], optimizer)
     assert not delta.A.requires_grad and delta.B.requires_grad
+
+
+def test_a_site_pruned_to_rank_zero_grows_again_with_its_scaling():
+    model = nn.Sequential(nn.Linear(6, 5))
+    adapter = plait.attach(model, "lora", targets=["0"], rank=4, alpha=12, seed=0)
+    delta = adapter.deltas["0"]
+    delta.keep([])
+    assert model(torch.randn(2, 6)).shape == (2, 5)
+    delta.grow(2)
+    assert delta.scaling == 3.0

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from plait.adapter.site import base_class
 from plait.adapter.targets import ADAPTER_CHILD
 from plait.errors import PlaitError
 
@@ -93,7 +94,7 @@ def _rebuild(cls: type[nn.Module], parameters: tuple[str, ...]) -> Adapted:
 
 def adapt_module(module: nn.Module, parameter: str | None = None) -> HiddenModules:
     """Make `module` an adapted one (idempotent) and return its store of deltas."""
-    base = getattr(module, "_plait_base_class", type(module))
+    base = base_class(module)
     have: tuple[str, ...] = getattr(type(module), "_plait_parameters", ())
     names = have if parameter is None or parameter in have else (*have, parameter)
     if ADAPTER_CHILD not in module._modules:
@@ -122,13 +123,13 @@ def _redirect_forward(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def release_module(module: nn.Module) -> None:
     """Give the module its own class back (when no delta is left on it)."""
-    base = module._plait_base_class
+    base = base_class(module)
     del module._modules[ADAPTER_CHILD]
     module.__dict__.pop("_plait_plan", None)
     module.__dict__.pop("_plait_live", None)
-    module.__class__ = base  # type: ignore[assignment]
+    module.__class__ = base
     if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(base.forward, module)  # type: ignore[arg-type]
+        module.__dict__["_old_forward"] = types.MethodType(base.forward, module)
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -44,11 +44,10 @@ class PairOptions(Options):
 
     @property
     def scaling(self) -> float:
-        """alpha / r, or alpha / sqrt(r) with rslora; 0 for rank 0."""
-        if self.rank == 0:
-            return 0.0
-        alpha = 2.0 * self.rank if self.alpha is None else float(self.alpha)
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """alpha / r, or alpha / sqrt(r) with rslora; rank 0 counts as 1, so that it can grow."""
+        rank = max(self.rank, 1)
+        alpha = 2.0 * rank if self.alpha is None else float(self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass
@@ -100,8 +99,8 @@ class PairDelta(Delta):
         low = self.trained()
         if "held_A" not in self._buffers:
             return low
-        A = torch.cat([low.A, self.held_A], dim=-2)
-        B = torch.cat([low.B, -self.held_B], dim=-1)
+        A = torch.cat([low.A, self.get_buffer("held_A")], dim=-2)
+        B = torch.cat([low.B, -self.get_buffer("held_B")], dim=-1)
         return LowRank(B=B, A=A, scale=low.scale)
 
     def pairs(self) -> list[Pair]:
@@ -154,7 +153,7 @@ class PairDelta(Delta):
             new = self._fresh_components(name, axis, extra)
             replace_parameter(self, name, index, axis, new, optimizer)
         # alpha follows the rank so that the scaling, and with it dW, stays what it was.
-        root = math.sqrt(rank) if self.options.rslora else rank
+        root = math.sqrt(max(rank, 1)) if self.options.rslora else max(rank, 1)
         self.options = dataclasses.replace(self.options, rank=rank, alpha=self.scaling * root)
 
     def rank_axes(self) -> dict[str, int]:

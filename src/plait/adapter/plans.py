@@ -35,7 +35,9 @@ class Fused:
         self.site, self.entries = site, list(entries)
         self.module: Any = site.base
         self.transposed = type(site) is not LinearSite
-        self.delta, self.single_weight = entries[0] if len(entries) == 1 else (None, 1.0)
+        alone = len(entries) == 1
+        self.delta: Delta | None = entries[0][0] if alone else None
+        self.single_weight: Weight = entries[0][1] if alone else 1.0
 
     @property
     def dropout(self) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -176,8 +176,8 @@ def _site_at(
         return make_parameter_site(path, modules[owner], name)
     module = modules[path]
     site = make_site(path, module)
-    wants_module = kinds is not None and "module" in kinds
-    if wants_module and (site is None or site.kind not in kinds):
+    allowed = kinds or ()
+    if "module" in allowed and (site is None or site.kind not in allowed):
         return make_module_site(path, module, block_width(model, module))
     return site
 
@@ -242,7 +242,7 @@ def _output_heads(model: nn.Module) -> set[int]:
     heads: set[int] = set()
     if hasattr(model, "get_output_embeddings"):
         try:
-            head = model.get_output_embeddings()
+            head = cast(Any, model).get_output_embeddings()
         except (NotImplementedError, AttributeError):
             head = None
         if head is not None:
@@ -287,7 +287,7 @@ def is_gated_ffn(module: nn.Module) -> bool:
 
 def _ffns(model: nn.Module, modules: dict[str, nn.Module]) -> list[Site]:
     found = [(p, m) for p, m in modules.items() if is_gated_ffn(m)]
-    return [make_module_site(p, m, m.down_proj.out_features) for p, m in found]
+    return [make_module_site(p, m, cast(Any, m).down_proj.out_features) for p, m in found]
 
 
 KEYWORDS: dict[str, Callable[[nn.Module, dict[str, nn.Module]], list[Site]]] = {

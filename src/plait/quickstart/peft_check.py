@@ -42,7 +42,7 @@ def _batch(tokenizer: Any, rows: Path, count: int) -> dict[str, Tensor]:
     from plait.training.data import read_jsonl
 
     examples = [e for e, _ in zip(read_jsonl(rows), range(count), strict=False)]
-    texts = [" ".join(m.content for m in e.chat) for e in examples]
+    texts = [" ".join(m.content for m in e.chat()) for e in examples]
     return dict(tokenizer(texts, return_tensors="pt", padding=True))
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,22 +93,19 @@ class _Run:
         from plait.quickstart.report import write_report
 
         facts: Facts = {"machine": machine_facts(), "job": _plain(self.job)}
-        facts["data"] = {n: self._stage(f"data-{n}", lambda n=n: self.data(n)) for n in self.tasks}
-        facts["train"] = {
-            n: self._stage(f"train-{n}", lambda n=n: self.train(n)) for n in self.tasks
-        }
+        facts["data"] = self._each("data", self.data, self.tasks)
+        facts["train"] = self._each("train", self.train, self.tasks)
         facts["merge"] = self._stage("merge", self.merge)
-        facts["scores"] = {
-            n: self._stage(f"evaluate-{n}", lambda n=n: self.evaluate(n)) for n in self.tasks
-        }
-        facts["inspect"] = {
-            n: self._stage(f"inspect-{n}", lambda n=n: self.inspect(n)) for n in self.labels()
-        }
+        facts["scores"] = self._each("evaluate", self.evaluate, self.tasks)
+        facts["inspect"] = self._each("inspect", self.inspect, self.labels())
         facts["peft"] = self._stage("export-peft", self.check_peft)
         report = write_report(self.job.output, facts)
         self.say(summary(facts))
         self.say(f"report: {report}")
         return report
+
+    def _each(self, stage: str, work: Callable[[str], Facts], names: Iterable[str]) -> Facts:
+        return {name: self._stage(f"{stage}-{name}", partial(work, name)) for name in names}
 
     def _stage(self, name: str, work: Callable[[], Facts]) -> Facts:
         settings = {k: v for k, v in _plain(self.job).items() if k != "output"}
@@ -232,8 +230,7 @@ class _Run:
             import plait
             from plait.training.bases import load_base
 
-            dtype = None if self.job.dtype == "auto" else self.job.dtype
-            model, tokenizer = load_base(self.job.base, dtype=dtype)
+            model, tokenizer = load_base(self.job.base, dtype=self.job.dtype)
             model.eval()
             for name in self.labels():
                 plait.load(model, self.folder(name), name=name, activate=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from plait.adapter.adapter import Adapter
-from plait.adapter.attach import bind, check_free, install
+from plait.adapter.attaching import bind, check_free, install
 from plait.adapter.formats import peft
 from plait.adapter.formats.peft import read_peft
 from plait.adapter.formats.peft_write import save_peft

@@ -88,7 +88,7 @@ def attach(
     pieces = choose_deltas(method, model, sites, chosen)
     whole = find_modules(model, train_modules) if train_modules else {}
     pieces = [(s, c) for s, c in pieces if not any(f"{s.path}.".startswith(f"{w}.") for w in whole)]
-    start = registry.get_initializer(initializer or (method.initializer and method.initializer()))
+    start = registry.get_initializer(initializer or _own_initializer(method))
     with base_weights(model):
         found = _collect(start, model, pieces, data, getattr(chosen, "rank", 0))
         by_site = options_by_site([s for s, _ in pieces], chosen, overrides or {})
@@ -106,6 +106,10 @@ def attach(
         _write_starts(adapter, start, found)
         add_modules(adapter, model, whole)
         return install(model, adapter, activate=activate)
+
+
+def _own_initializer(method: Method) -> Initializer | None:
+    return None if method.initializer is None else method.initializer()
 
 
 def _collect(
