@@ -13,6 +13,7 @@ Paper: Kang, Yin, 2024, arXiv 2409.15371. Parameters: r out a site, or r m with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from plait.adapter.formats.peft_codec import one_value
 from plait.adapter.method import PeftSite
 from plait.errors import PlaitError
 from plait.linalg import LowRank
+from plait.methods._bat import bat_change, bat_shape
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,13 @@ class BoneOptions(Options):
 
     def shape(self, site: Site) -> tuple[int, ...]:
         """The shape of D at a site."""
-        rows, columns, r = site.out_features, site.in_features, self.rank
         if self.variant == "bat":
-            if rows % r or columns % r:
-                raise PlaitError(
-                    f"site {site.path!r} is [{rows}, {columns}], which blocks of {r} x {r} do not "
-                    "tile; choose a rank that divides both sides, or variant='miss'."
-                )
-            return rows // r, r, r
+            return bat_shape(site, self.rank)
+        rows = site.out_features
         width = rows if self.mini_r is None else self.mini_r
         if width < 1 or rows % width:
-            raise PlaitError(
-                f"mini_r={width} does not divide the {rows} outputs of site {site.path!r}."
-            )
-        return r, width
+            raise PlaitError(f"mini_r={width} does not divide the {rows} outputs of {site.path!r}.")
+        return self.rank, width
 
 
 class BoneDelta(Delta):
@@ -83,7 +78,7 @@ class BoneDelta(Delta):
             if seen is not x:
                 return super().adapt(x)
             bias = self.site.bias()  # one product with W + dW instead of two
-            y = self.site.apply(x, self._live_weight().to(x.dtype))
+            y = self.site.apply(x, (self.base_weight() + self.dense()).to(x.dtype))
             return y if bias is None else y + bias
         y = self.site.forward(x)
         if self.options.mini_r is not None:
@@ -94,20 +89,14 @@ class BoneDelta(Delta):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         x = F.dropout(x, self.options.dropout, self.training)
-        if self.options.variant == "bat":
-            return self.site.apply(x, self.dense().to(x.dtype))
-        return self._mini(x)
+        return super().forward(x) if self.options.variant == "bat" else self._mini(x)
 
     def _slice_sum(self, x: Tensor) -> Tensor:
         """[..., r]: the sum of x's slices of r features, the last one padded with zeros."""
         r = self.options.rank
-        whole = x.shape[-1] // r * r
-        total = x[..., :whole].unflatten(-1, (-1, r)).sum(-2) if whole else None
-        if whole == x.shape[-1]:
-            assert total is not None
-            return total
-        rest = F.pad(x[..., whole:], (0, r - (x.shape[-1] - whole)))
-        return rest if total is None else total + rest
+        slices, left = divmod(x.shape[-1], r)
+        total = x[..., : slices * r].unflatten(-1, (slices, r)).sum(-2)
+        return total + F.pad(x[..., slices * r :], (0, r - left)) if left else total
 
     def _mini(self, x: Tensor) -> Tensor:
         change = F.linear(self._slice_sum(x), self.D.t().to(x.dtype))
@@ -126,17 +115,7 @@ class BoneDelta(Delta):
     def dense(self) -> Tensor:
         if self.options.variant == "miss":
             return super().dense()
-        W = self.base_weight()
-        blocks = W.unflatten(0, (-1, self.options.rank)).unflatten(2, (-1, self.options.rank))
-        change = torch.einsum("iajb,ibc->iajc", blocks, self.D) + self.D.unsqueeze(2)
-        return change.reshape(W.shape)
-
-    def _live_weight(self) -> Tensor:
-        return self.base_weight() + self.dense()
-
-
-def _count(site: Site, o: BoneOptions) -> int:
-    return torch.Size(o.shape(site)).numel()
+        return bat_change(self.base_weight(), self.D)
 
 
 def _options(found: PeftSite) -> dict[str, Any]:
@@ -164,7 +143,7 @@ METHOD = Method(
     axis="parameterisation",
     options=BoneOptions,
     delta=BoneDelta,
-    count=per_site(_count),
+    count=per_site(lambda site, o: math.prod(o.shape(site))),
     peft=PeftCodec(type="MISS", keys={"D": "miss_block"}, options=_options, config=_config),
     example={"rank": 4},
 )
