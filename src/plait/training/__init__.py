@@ -18,7 +18,7 @@ _HOME = {
     "train": "trainer",
 }
 
-__all__ = [*sorted(_HOME)]
+__all__ = ["DryRun", "Recipe", "Result", "dry_run", "train"]
 
 if TYPE_CHECKING:
     from plait.training.dryrun import DryRun, dry_run
