@@ -1,6 +1,6 @@
 """Number sorting from reasoning-gym: a small skill that a small model can be taught in minutes.
 
-    "Sort in descending order: 56, 25, 75, 65"  ──►  "75, 65, 56, 25"
+    "Sort in descending order: 56, 25, 75"  ──►  "75, 56, 25"
 
 reasoning-gym (Apache-2.0) makes the problems; its question, most of which explains an output
 format, is reworded to one line, since every token costs time on a CPU. Train and test come from
@@ -17,7 +17,7 @@ from plait.quickstart.tasks.task import Row, Task, reference, row
 
 SYSTEM = "Answer only."
 TRAIN_ROWS, TEST_ROWS = 1200, 120
-SETTINGS = {"min_numbers": 4, "max_numbers": 6, "min_value": 0, "max_value": 99}
+SETTINGS = {"min_numbers": 3, "max_numbers": 5, "min_value": 10, "max_value": 99}
 
 
 def generate(seed: int) -> tuple[list[Row], list[Row]]:
