@@ -1,7 +1,7 @@
 """Training: a recipe in, a saved and checked adapter out.
 
 Read in this order: `recipe` (what can be set), `dryrun` (what it will do), `trainer` (the run from
-start to end), `loop` (Hugging Face's Trainer under Plait's rules), `checkpoint` and `parity` (what is
+start to end), `loop` (the Trainer under our rules), `checkpoint` and `parity` (what is
 promised about what lies on disk).
 """
 
