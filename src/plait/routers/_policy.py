@@ -122,6 +122,15 @@ def record(delta: Delta, x: Tensor, routing: Routing) -> None:
     delta.context.record(_key(delta), **routing.statistics(mask))
 
 
+def route(delta: Delta, x: Tensor, policy: Policy) -> Routing:
+    """The decisions for x [..., in] of a delta with a parameter `router` and an option `jitter`;
+    their statistics stay in the context."""
+    jitter = delta.options.jitter if delta.training else 0.0
+    routing = policy(router_logits(x, delta.get_parameter("router"), jitter))
+    record(delta, x, routing)
+    return routing
+
+
 def recorded(context: Context, delta: Delta) -> dict[str, Tensor] | None:
     """What `record` left for this delta in the last forward."""
     return context.records.get(_key(delta))

@@ -1,9 +1,7 @@
 """MixLoRA: every feed-forward block becomes a mixture of experts that share its frozen weights.
 
     h ──► router G (N x d), float32 ──► softmax, top k, renormalised ──► w [tokens, N]
-    h ──► W_gate, W_up  once for all experts ──┐
-    h ──► A of all experts ──► B_e of expert e ┴──► z_e = act(gate_e) * up_e   on e's own tokens
-    sum_e w_e z_e ──► W_down once ──► + sum_e B_e A_e (w_e z_e) ──► y
+    h ──► W_gate, W_up once, and each expert's LoRAs ──► z_e ──► sum_e w_e z_e ──► W_down ──► y
 
 An expert E_e(h) = D_e(act(G_e h) * U_e h) is a set of LoRAs on the block's three linears, and the
 block answers sum_e w_e E_e(h): the mixture lies over whole outputs, behind the activation. The base
@@ -19,25 +17,16 @@ Paper: Li et al., 2024, arXiv 2404.15159. Parameters: N (3 r (d + m) + d) a bloc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from plait.adapter import Context, Delta, Method, PairDelta, PairOptions, Site, Traits, find_sites
 from plait.errors import PlaitError
-from plait.routers._policy import (
-    Policy,
-    Routing,
-    TopK,
-    TopP,
-    balance_loss,
-    record,
-    recorded,
-    router_logits,
-)
+from plait.routers._ffn_experts import FfnExperts, expert_parameters, ffn_sizes
+from plait.routers._policy import Policy, TopK, TopP, balance_loss, recorded, route
 
 
 @dataclass(frozen=True)
@@ -84,105 +73,32 @@ class MixLoraOptions(PairOptions):
         return TopP(self.top_p, self.renormalizes)
 
 
-def ffn_sizes(site: Site) -> tuple[int, int]:
-    """(d, m) of a gated feed-forward block; kept in the site's details, so that files have them."""
-    if site.module is not None:
-        gate: Any = site.base.get_submodule("gate_proj")
-        site.details["ffn"] = [int(gate.in_features), int(gate.out_features)]
-    if "ffn" not in site.details:
-        raise PlaitError(f"site {site.path!r} does not say how wide its feed-forward block is.")
-    inputs, hidden = site.details["ffn"]
-    return inputs, hidden
-
-
-class MixLoraDelta(Delta):
-    kinds = frozenset({"module"})
+class MixLoraDelta(FfnExperts):
     traits = Traits(linear_in_x=False, reads_input=True, reads_output=True)
     options: MixLoraOptions
     router: Tensor
 
     def build(self) -> None:
         if not self.options.renormalizes:
-            self.traits = Traits(
-                linear_in_x=False, reads_input=True, reads_output=True, zero_start=False
-            )
-        inputs, hidden = ffn_sizes(self.site)
-        experts, rank = self.options.experts, self.options.rank
+            self.traits = replace(self.traits, zero_start=False)
+        inputs, _ = ffn_sizes(self.site)
         wide = torch.promote_types(self.dtype, torch.float32)
-        self.parameter("router", experts, inputs, dtype=wide)
-        for name, rows, columns in (
-            ("gate", hidden, inputs),
-            ("up", hidden, inputs),
-            ("down", self.site.out_features, hidden),
-        ):
-            self.parameter(f"A_{name}", experts, rank, columns)
-            self.parameter(f"B_{name}", rows, experts, rank)
+        self.parameter("router", self.options.experts, inputs, dtype=wide)
+        super().build()
 
     def reset(self) -> None:
         self.start("router", "normal")
         self.router.mul_(self.options.router_std)
-        for name in ("gate", "up", "down"):
-            self.start(f"A_{name}", "kaiming_uniform")
+        super().reset()
 
     def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        jitter = self.options.jitter if self.training else 0.0
-        routing = self.options.policy(router_logits(x, self.router, jitter))
-        record(self, x, routing)
-        mixed, hidden = self._experts(x.reshape(-1, x.shape[-1]), routing)
-        down: Any = self.site.base.get_submodule("down_proj")
-        y = down(mixed)
-        B = self.get_parameter("B_down").flatten(1).to(y.dtype)
-        y = torch.addmm(y, hidden.to(y.dtype), B.t(), alpha=self.options.scaling)
-        bias = getattr(down, "bias", None)
-        if bias is not None and not self.options.renormalizes:
-            total = routing.weights.reshape(-1, self.options.experts).sum(-1, keepdim=True)
-            y = y + ((total - 1) * bias).to(y.dtype)  # each expert brings its share of the bias
-        return y.view(*x.shape[:-1], -1)
+        routing = route(self, x, self.options.policy)
+        return self.mixture(x, routing, sums_to_one=self.options.renormalizes)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What the mixture adds to the block's own output y for its input x."""
         return self.adapt(x) - (self.site.forward(x) if y is None else y)
-
-    def _experts(self, h: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """sum_e w_e z_e [T, m], and A_down,e (w_e z_e) of every expert, [T, N r].
-
-        Tokens come sorted by expert; each expert works on its own rows only.
-        """
-        o = self.options
-        ffn: Any = self.site.base
-        gate, up = ffn.gate_proj(h), ffn.up_proj(h)
-        low = self._low(h).to(gate.dtype)
-        weights = routing.weights.reshape(-1, o.experts)
-        experts, tokens = routing.chosen.reshape(-1, o.experts).t().nonzero(as_tuple=True)
-        shares = weights[tokens, experts].to(gate.dtype).unsqueeze(-1)
-        counts = torch.bincount(experts, minlength=o.experts).tolist()
-        mixed, downs = torch.zeros_like(gate), []
-        for e, (rows, share) in enumerate(
-            zip(tokens.split(counts), shares.split(counts), strict=True)
-        ):
-            mine = low[e].index_select(0, rows)
-            z = ffn.act_fn(self._expert_linear("gate", e, gate, mine[:, : o.rank], rows))
-            z = z * self._expert_linear("up", e, up, mine[:, o.rank :], rows) * share
-            mixed.index_add_(0, rows, z)
-            seen = F.dropout(z, o.dropout, self.training)
-            downs.append(F.linear(seen, self.get_parameter("A_down")[e].to(z.dtype)))
-        hidden = gate.new_zeros(len(h) * o.experts, o.rank)
-        hidden = hidden.index_copy(0, tokens * o.experts + experts, torch.cat(downs).to(gate.dtype))
-        return mixed, hidden.view(len(h), -1)
-
-    def _low(self, h: Tensor) -> Tensor:
-        """[N, T, 2 r]: each expert's A_gate h and A_up h, in one product."""
-        A = torch.cat([self.get_parameter("A_gate"), self.get_parameter("A_up")], 1)
-        seen = F.dropout(h, self.options.dropout, self.training)
-        low = F.linear(seen, A.flatten(0, 1).to(h.dtype))
-        return low.unflatten(-1, (self.options.experts, -1)).transpose(0, 1)
-
-    def _expert_linear(self, name: str, e: int, base: Tensor, low: Tensor, rows: Tensor) -> Tensor:
-        """Expert e's gate or up product on its own rows: the shared base's plus its LoRA's."""
-        B = self.get_parameter(f"B_{name}")[:, e].to(base.dtype)
-        mine = base.index_select(0, rows)
-        return torch.addmm(mine, low, B.t(), alpha=self.options.scaling)
 
     @classmethod
     def auxiliary_loss(cls, deltas: Sequence[Delta], context: Context) -> Tensor | None:
@@ -211,9 +127,8 @@ def _count(sites: Sequence[Site], o: MixLoraOptions) -> int:
         if site.kind != "module":
             total += o.rank * (site.in_features + site.out_features)
             continue
-        inputs, hidden = ffn_sizes(site)
-        pairs = 2 * (inputs + hidden) + hidden + site.out_features
-        total += o.experts * (o.rank * pairs + inputs)
+        inputs, _ = ffn_sizes(site)
+        total += o.experts * (expert_parameters(site, o.rank) + inputs)
     return total
 
 

@@ -33,7 +33,8 @@ from plait.adapter import (
     block_index,
 )
 from plait.errors import PlaitError
-from plait.routers._policy import TopK, balance_loss, record, recorded, router_logits
+from plait.routers._layers import Layer, layers_of, spread
+from plait.routers._policy import TopK, balance_loss, recorded, route
 
 PER_LAYER = int | Sequence[int] | None
 SHAPE = (2, 4, 6, 8)
@@ -51,40 +52,20 @@ class MolaOptions(PairOptions):
     jitter: float = 0.0
     """In training, multiply the router's input by U(1 - jitter, 1 + jitter)."""
 
-    def counts(self, site: Site, place: tuple[int, int]) -> tuple[int, int]:
-        """(N, k) at a site in layer `place[0]` of `place[1]`."""
-        position, layers = place
+    def counts(self, site: Site, layer: Layer) -> tuple[int, int]:
+        """(N, k) at a site in that layer."""
+        position, layers = layer
         if self.experts is None:
             experts = SHAPE[len(SHAPE) * position // layers]
         else:
-            experts = _spread("experts", self.experts, place)
-        top_k = 1 if self.top_k is None else _spread("top_k", self.top_k, place)
+            experts = spread("experts", self.experts, layer)
+        top_k = 1 if self.top_k is None else spread("top_k", self.top_k, layer)
         if not 1 <= top_k <= experts:
             raise PlaitError(
                 f"site {site.path!r} has {experts} experts, so top_k={top_k} does not fit; choose "
                 f"1 to {experts}."
             )
         return experts, top_k
-
-
-def _spread(name: str, value: int | Sequence[int], place: tuple[int, int]) -> int:
-    position, layers = place
-    if isinstance(value, int):
-        return value
-    if not value or layers % len(value):
-        raise PlaitError(
-            f"{name} lists {len(value)} numbers, which do not divide the {layers} adapted layers "
-            "into equal groups; give one number a layer, or a divisor of that many."
-        )
-    return value[position * len(value) // layers]
-
-
-def places(sites: Sequence[Site]) -> dict[str, tuple[int, int]]:
-    """{path: (layer, number of layers)}; sites outside the blocks count with the last layer."""
-    index = {s.path: block_index(s.path) for s in sites}
-    order = {n: i for i, n in enumerate(sorted({n for n in index.values() if n is not None}))}
-    layers = max(len(order), 1)
-    return {p: (order.get(n, layers - 1), layers) for p, n in index.items()}  # type: ignore[arg-type]
 
 
 class MolaDelta(Delta):
@@ -96,11 +77,11 @@ class MolaDelta(Delta):
 
     @classmethod
     def prepare(cls, sites: Sequence[Site], options: MolaOptions, shared: SharedTensors) -> None:
-        shared.notes["mola"] = places(sites)
+        shared.notes["mola"] = layers_of(sites)
 
     def build(self) -> None:
-        self.place: tuple[int, int] = self.shared.notes["mola"][self.site.path]
-        self.experts, self.top_k = self.options.counts(self.site, self.place)
+        layer = self.shared.notes["mola"][self.site.path]
+        self.experts, self.top_k = self.options.counts(self.site, layer)
         rank = self.options.rank
         self.parameter("router", self.experts, self.site.in_features)
         self.parameter("A", self.experts, rank, self.site.in_features)
@@ -112,9 +93,7 @@ class MolaDelta(Delta):
 
     def _gated(self, x: Tensor) -> Tensor:
         """[..., N r]: every expert's hidden features, weighted for each token."""
-        jitter = self.options.jitter if self.training else 0.0
-        routing = TopK(self.top_k)(router_logits(x, self.router, jitter))
-        record(self, x, routing)
+        routing = route(self, x, TopK(self.top_k))
         seen = F.dropout(x, self.options.dropout, self.training)
         hidden = F.linear(seen, self.A.flatten(0, 1).to(x.dtype))
         gate = (routing.weights * self.options.scaling).to(hidden.dtype).unsqueeze(-1)
@@ -154,12 +133,10 @@ class MolaDelta(Delta):
 
 
 def _count(sites: Sequence[Site], o: MolaOptions) -> int:
-    table = places(sites)
-    total = 0
-    for site in sites:
-        experts, _ = o.counts(site, table[site.path])
-        total += experts * (o.rank * (site.in_features + site.out_features) + site.in_features)
-    return total
+    table = layers_of(sites)
+    experts = [o.counts(s, table[s.path])[0] for s in sites]
+    sizes = [o.rank * (s.in_features + s.out_features) + s.in_features for s in sites]
+    return sum(n * size for n, size in zip(experts, sizes, strict=True))
 
 
 METHOD = Method(
