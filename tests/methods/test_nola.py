@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import plait
 import tiny
 from plait import kernels
-from plait.methods import nola
+from plait.methods import _hashed, nola
 
 
 def linear(**options):
@@ -36,7 +36,7 @@ def fields(word):
 
 def test_the_basis_is_the_hash_bit_for_bit():
     key, size = (-1234567890, 987654321), 5
-    got = nola.basis(key, 2, 6, size, torch.device("cpu"))
+    got = _hashed.basis(key, 2, 6, size, torch.device("cpu"))
     for row in range(4):
         words = [hashed(key, (2 + row) * 3 + i) for i in range(3)]
         assert got[row].tolist() == [f for w in words for f in fields(w)][:size]
@@ -44,12 +44,12 @@ def test_the_basis_is_the_hash_bit_for_bit():
 
 def test_positions_beyond_31_bits_wrap():
     key, size = (3, 4), 2**20
-    got = nola.basis(key, 5000, 5001, size, torch.device("cpu"))  # word 5000 * 2^19 > 2^31
+    got = _hashed.basis(key, 5000, 5001, size, torch.device("cpu"))  # word 5000 * 2^19 > 2^31
     assert got[0, :2].tolist() == list(fields(hashed(key, 5000 * 2**19)))
 
 
 def test_entries_are_uniform_and_uncorrelated():
-    X = nola.basis((11, 22), 0, 64, 4096, torch.device("cpu")).double()
+    X = _hashed.basis((11, 22), 0, 64, 4096, torch.device("cpu")).double()
     assert X.min() >= -1 and X.max() < 1
     assert abs(float(X.mean())) < 4 * (1 / 3 / X.numel()) ** 0.5
     assert float(X.square().mean()) == pytest.approx(1 / 3, rel=0.01)
@@ -60,7 +60,7 @@ def test_entries_are_uniform_and_uncorrelated():
     assert gram.abs().max() < 0.09  # of 2016 pairs with deviation 1/64: under 6 deviations
     shifted = (X[:, 1:] * X[:, :-1]).mean() * 3
     assert abs(float(shifted)) < 5 / X.numel() ** 0.5
-    other = nola.basis((11, 23), 0, 64, 4096, torch.device("cpu")).double()
+    other = _hashed.basis((11, 23), 0, 64, 4096, torch.device("cpu")).double()
     assert abs(float((X * other).mean() * 3)) < 5 / X.numel() ** 0.5
 
 
@@ -68,7 +68,7 @@ def test_the_contraction_equals_autograd_through_the_dense_basis():
     key, shape = (5, 6), (4, 11)
     c = torch.randn(13, dtype=torch.float64, requires_grad=True)
     g = torch.randn(shape, dtype=torch.float64)
-    M = nola.basis(key, 0, 13, 44, torch.device("cpu")).double().view(13, *shape) / 13**0.5
+    M = _hashed.basis(key, 0, 13, 44, torch.device("cpu")).double().view(13, *shape) / 13**0.5
     want = torch.einsum("k,kij->ij", c, M)
     got = nola.mix(c, key, shape)
     torch.testing.assert_close(got, want)
@@ -84,7 +84,7 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
     c = torch.randn(13, dtype=torch.float64)
     whole = nola.mix(c, (5, 6), (4, 11))
     for block in (1, 44, 100, 10**6):
-        monkeypatch.setattr(nola, "BLOCK", block)
+        monkeypatch.setattr(_hashed, "BLOCK", block)
         torch.testing.assert_close(nola.mix(c, (5, 6), (4, 11)), whole)
 
 

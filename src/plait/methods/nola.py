@@ -14,7 +14,6 @@ Paper: Koohpayegani et al., 2023, arXiv 2310.02556. Parameters: k_a + k_b a site
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +22,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from plait.adapter import Delta, Method, PairOptions, Site, Traits, per_site
+from plait.adapter import Delta, Method, PairOptions, Traits, per_site
 from plait.errors import PlaitError
 from plait.kernels._gate import plain_path
 from plait.linalg import LowRank
-
-BLOCK = 1 << 17
-"""Entries generated at once: they stay in a second-level cache."""
-
-Key = tuple[int, int]
+from plait.methods._hashed import Key, basis, blocks
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class _Mix(Function):
         ctx.settings = (key, coefficients.shape, coefficients.dtype)
         total = coefficients.new_zeros(math.prod(shape))
         scaled = coefficients / math.sqrt(len(coefficients))
-        for rows, block in _blocks(key, len(coefficients), total):
+        for rows, block in blocks(key, len(coefficients), total):
             total.addmv_(block.t(), scaled[rows])
         return total.view(shape)
 
@@ -102,46 +97,9 @@ class _Mix(Function):
         key, shape, dtype = ctx.settings
         flat = grad.reshape(-1).to(dtype)
         found = grad.new_empty(shape, dtype=dtype)
-        for rows, block in _blocks(key, len(found), flat):
+        for rows, block in blocks(key, len(found), flat):
             found[rows] = block.mv(flat)
         return found.div_(math.sqrt(len(found))), None, None
-
-
-def _blocks(key: Key, k: int, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The k matrices of `key` as rows of `like`'s length, a few at a time."""
-    step = max(1, BLOCK // max(like.numel(), 1))
-    for start in range(0, k, step):
-        stop = min(start + step, k)
-        block = basis(key, start, stop, like.numel(), like.device)
-        yield slice(start, stop), block.to(like.dtype)
-
-
-def basis(key: Key, start: int, stop: int, size: int, device: torch.device) -> Tensor:
-    """Random matrices `start` to `stop` of `key`, [stop - start, size], uniform on [-1, 1).
-
-    Two 16-bit fields of a 32-bit hash of the position (xor-shift and multiply rounds, between which
-    both halves of the key enter); int32 arithmetic wraps alike everywhere.
-    """
-    words = (size + 1) // 2
-    first = (start * words + 2**31) % 2**32 - 2**31  # as int32 wraps it
-    x = torch.arange((stop - start) * words, device=device, dtype=torch.int32).add_(first)
-    x.bitwise_xor_(key[0]).mul_(0x7FEB352D)
-    _shift(x, 15)
-    x.add_(key[1]).mul_(0x2C1B3C6D)
-    _shift(x, 12)
-    x.mul_(0x297A2D39)
-    _shift(x, 15)
-    fields = x.view(torch.int16).view(stop - start, 2 * words)[:, :size]
-    return fields.to(torch.float32).mul_(2.0**-15)
-
-
-def _shift(x: Tensor, bits: int) -> None:
-    """x ^= x >> bits in place, with zeros shifted in."""
-    x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
-
-
-def _count(site: Site, o: NolaOptions) -> int:
-    return o.k_a + o.k_b
 
 
 METHOD = Method(
@@ -151,5 +109,5 @@ METHOD = Method(
     axis="parameterisation",
     options=NolaOptions,
     delta=NolaDelta,
-    count=per_site(_count),
+    count=per_site(lambda site, o: o.k_a + o.k_b),
 )
