@@ -25,6 +25,18 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def train_base(model: nn.Module) -> None:
+    """Let every base weight require a gradient."""
+    for parameter in base_parameters(model).values():
+        parameter.requires_grad_(True)
+
+
+def base_group(run: Run) -> dict[str, Any]:
+    """An optimiser group of all base weights, by name."""
+    named = [(f"base/{n}", p) for n, p in base_parameters(run.model).items()]
+    return make_group(named, run.lr, run.weight_decay)
+
+
 class FullTraining(Rule):
     """Every base weight trains: what `method: none` means when no rule says otherwise."""
 
@@ -32,12 +44,10 @@ class FullTraining(Rule):
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        for parameter in base_parameters(run.model).values():
-            parameter.requires_grad_(True)
+        train_base(run.model)
 
     def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        named = [(f"base/{n}", p) for n, p in base_parameters(self.run.model).items()]
-        return [*groups, make_group(named, self.run.lr, self.run.weight_decay)]
+        return [*groups, base_group(self.run)]
 
 
 def refuse_several_processes(rule: str, why: str) -> None:

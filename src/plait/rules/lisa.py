@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from plait.adapter import Method, Rule, Run, block_index, find_blocks, make_group
 from plait.adapter.seeds import generator
 from plait.errors import PlaitError
-from plait.rules._base_weights import base_parameters, refuse_several_processes
+from plait.rules._base_weights import base_group, refuse_several_processes, train_base
 
 
 @dataclass
@@ -87,21 +87,17 @@ class Lisa(Rule):
         self._sets = self._find(run)
         self._generator = generator(run.seed, "lisa")
         if self.over == "base":
-            for parameter in base_parameters(run.model).values():
-                parameter.requires_grad_(True)
+            train_base(run.model)
         self._train_only(self._draw())
 
     def parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if self.over == "adapters":
-            # The default group lists what requires a gradient now; later draws need the others.
-            return [make_group(self._adapter_parameters(), self.run.lr, self.run.weight_decay)]
-        named = [(f"base/{n}", p) for n, p in base_parameters(self.run.model).items()]
-        return [*groups, make_group(named, self.run.lr, self.run.weight_decay)]
-
-    def _adapter_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        if self.over == "base":
+            return [*groups, base_group(self.run)]
+        # The default group lists what requires a gradient now; later draws need the others.
         sampled = {id(p) for block in self._sets for p in block}
         named = [(f"{a.name}/{n}", p) for a in self.run.adapters for n, p in a.named_parameters()]
-        return [(n, p) for n, p in named if p.requires_grad or id(p) in sampled]
+        trains = [(n, p) for n, p in named if p.requires_grad or id(p) in sampled]
+        return [make_group(trains, self.run.lr, self.run.weight_decay)]
 
     def _draw(self) -> list[int]:
         """Indices of the next blocks: exactly `blocks` of them, none twice."""
