@@ -15,7 +15,6 @@ Paper: Wang, Liang, He, Wang and Tan, 2024, arXiv 2407.18242.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,9 +22,11 @@ import torch
 from torch import Tensor
 
 from plait.adapter import Method, Pair, Rule, Run
+from plait.adapter.choices import check_choices
 from plait.adapter.rule import OptimizerFactory
-from plait.errors import PlaitError
 from plait.linalg import damped_inverse, sylvester_symmetric
+from plait.rules._moments import AdamMoments
+from plait.rules._pair_batches import by_shape, named_pairs, stacked, unpaired, write_back
 
 FreeMatrix = Literal["sylvester", "symmetric", "zero"]
 _CHUNK = 2**26  # elements of dW handled at once in the full form, 256 MB in float32
@@ -96,19 +97,12 @@ class LoraPro(Rule):
     needs_pairs = True
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("moments", ("lowrank", "full", "none")),
-            ("free", ("sylvester", "symmetric", "zero")),
-            ("state_dtype", ("float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in known:
-                given = getattr(self, name)
-                raise PlaitError(f"lora-pro: {name} is {given!r}; use one of {', '.join(known)}.")
+        check_choices(self, "lora-pro")
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        self._count = 0
-        self._kept: dict[str, list[Tensor]] = {}
+        dtype = torch.bfloat16 if self.state_dtype == "bfloat16" else None
+        self._moments = AdamMoments(self.betas, self.eps, dtype)
 
     def optimizer(self) -> OptimizerFactory | None:
         # SGD's L2 term without momentum is decoupled decay, so weight_decay means AdamW's.
@@ -116,104 +110,31 @@ class LoraPro(Rule):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        self._count += 1
+        self._moments.count += 1
         pairs = list(named_pairs(self.run))
-        for batch in equal_shapes(pairs, _CHUNK if self.moments == "full" else None):
+        for batch in by_shape(pairs, _CHUNK if self.moments == "full" else None):
             self._adjust(batch)
-        if self.moments == "full":
-            self._adjust_loose({id(t) for _, p in pairs for t in (p.A, p.B)})
+        # SGD underneath must get Adam's direction for what is in no pair, too.
+        for name, p, gradient in unpaired(self.run, pairs) if self.moments == "full" else ():
+            p.grad = self._moments.direction(name, gradient).to(p.dtype)
 
     def _adjust(self, batch: list[tuple[str, Pair]]) -> None:
         A, B, GA, GB, scale = stacked([p for _, p in batch])
         if self.moments == "full":
             g_A, g_B = adjusted_gradients(GA, GB, A, B, scale, "zero", self.damping)
             E = equivalent_gradient(g_A, g_B, A, B, scale)
-            N = torch.stack([self._adam(n, e) for (n, _), e in zip(batch, E, strict=True)])
+            adam = self._moments.direction
+            N = torch.stack([adam(name, e) for (name, _), e in zip(batch, E, strict=True)])
             GA = None if GA is None else scale * (B.mT @ N)
             GB = None if GB is None else scale * (N @ A.mT)
         g_A, g_B = adjusted_gradients(GA, GB, A, B, scale, self.free, self.damping)
-        for index, (_, pair) in enumerate(batch):
-            if g_A is not None:
-                pair.A.grad = g_A[index].to(pair.A.dtype)
-            if g_B is not None:
-                pair.B.grad = g_B[index].to(pair.B.dtype)
-
-    def _adjust_loose(self, paired: set[int]) -> None:
-        """Parameters outside pairs: SGD underneath must get Adam's direction for them too."""
-        for adapter in self.run.adapters:
-            for name, p in adapter.named_parameters():
-                if p.grad is not None and id(p) not in paired:
-                    key = f"{adapter.name}/{name}"
-                    p.grad = self._adam(key, p.grad.to(_at_least_float32(p))).to(p.dtype)
-
-    def _adam(self, key: str, gradient: Tensor) -> Tensor:
-        """Adam's normalised direction for `gradient`, from moments kept under `key`."""
-        dtype = torch.bfloat16 if self.state_dtype == "bfloat16" else gradient.dtype
-        if key not in self._kept:
-            zeros = torch.zeros_like(gradient, dtype=dtype)
-            self._kept[key] = [zeros, zeros.clone()]
-        b1, b2 = self.betas
-        first = self._kept[key][0].to(gradient).lerp(gradient, 1 - b1)
-        second = self._kept[key][1].to(gradient).lerp(gradient.square(), 1 - b2)
-        self._kept[key] = [first.to(dtype), second.to(dtype)]
-        root = (second / (1 - b2**self._count)).sqrt() + self.eps
-        return first / (1 - b1**self._count) / root
+        write_back([p for _, p in batch], g_A, g_B)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self._count, "moments": {k: list(v) for k, v in self._kept.items()}}
+        return self._moments.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._count = int(state["count"])
-        devices = {n: p.A.device for n, p in named_pairs(self.run)}
-        self._kept = {
-            key: [t.to(devices.get(key, t.device)).clone() for t in both]
-            for key, both in state["moments"].items()
-        }
-
-
-def named_pairs(run: Run) -> Iterator[tuple[str, Pair]]:
-    """("adapter/site path", pair) of every pair with a gradient and a rank above 0."""
-    for adapter in run.adapters:
-        for pair in adapter.pairs():
-            trains = pair.A.grad is not None or pair.B.grad is not None
-            if trains and pair.A.shape[-2] > 0:
-                yield f"{adapter.name}/{pair.path}", pair
-
-
-def equal_shapes(
-    pairs: Iterable[tuple[str, Pair]], limit: int | None
-) -> Iterator[list[tuple[str, Pair]]]:
-    """The pairs in batches of equal shapes and dtypes (at most `limit` numbers of dW each)."""
-    found: dict[Any, list[tuple[str, Pair]]] = {}
-    for name, p in pairs:
-        frozen = (p.A.grad is None, p.B.grad is None)
-        key = (p.A.shape, p.B.shape, p.A.dtype, p.B.dtype, p.A.device, frozen)
-        found.setdefault(key, []).append((name, p))
-    for (a, b, *_), group in found.items():
-        size = len(group) if limit is None else max(1, limit // (a.numel() // a[-2] * b[-2]))
-        yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
-def stacked(
-    pairs: list[Pair],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """A, B, their gradients (None where frozen) and scales, stacked in at least float32."""
-    dtype = _at_least_float32(pairs[0].A)
-
-    def stack(tensors: list[Tensor | None]) -> Tensor | None:
-        if tensors[0] is None:
-            return None
-        return torch.stack([t.to(dtype) for t in tensors if t is not None])
-
-    A, B = stack([p.A for p in pairs]), stack([p.B for p in pairs])
-    assert A is not None and B is not None
-    scale = torch.tensor([p.scale for p in pairs], dtype=dtype, device=A.device)
-    scale = scale.reshape(-1, *([1] * (A.dim() - 1)))
-    return A, B, stack([p.A.grad for p in pairs]), stack([p.B.grad for p in pairs]), scale
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+        self._moments.load_state_dict(state)
 
 
 METHOD = Method(
