@@ -14,7 +14,8 @@ def check_choices(options: Any, where: str) -> None:
 
     `where` names the method in the message.
     """
-    for name, choices in _choices(type(options)).items():
+    cls: Any = type(options)
+    for name, choices in _choices(cls).items():
         given = getattr(options, name)
         if given not in choices:
             listed = ", ".join(map(str, choices))

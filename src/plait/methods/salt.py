@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from plait.adapter import Context, Delta, Method, Options, Site, Traits, per_site
+from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.linalg import LowRank, canonical_svd
-
-RELUS = ("values", "diagonal", "matrix", "none")
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class SaltOptions(Options):
     """Weight of ||a S + b - S|| + ||X Y||, summed over sites, in `auxiliary_loss` (paper: 0.01)."""
 
     def __post_init__(self) -> None:
-        if self.relu not in RELUS:
-            raise PlaitError(f"relu must be one of {RELUS}, not {self.relu!r}.")
+        check_choices(self, "salt")
         if self.rank < 0:
             raise PlaitError(f"rank must be at least 0, not {self.rank}.")
 
