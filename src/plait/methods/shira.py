@@ -14,22 +14,21 @@ Paper: Bhardwaj et al., 2024, arXiv 2406.13175. Parameters: p a site (density, o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from plait.adapter import Delta, Initializer, Method, Options, PeftCodec, Site, per_site
-from plait.adapter.formats.peft_codec import any_transposed
-from plait.adapter.method import PeftSite
-from plait.errors import FormatError, PlaitError
+from plait.adapter import Delta, Initializer, Method, Options, Site, per_site
+from plait.adapter.choices import check_choices
+from plait.errors import PlaitError
 from plait.kernels._gate import plain_path
+from plait.methods._masks import budget, draw, entries, structured
+from plait.methods._shira_peft import PEFT
 from plait.methods._sparse import Layout, has_sparse, make_layout, sparse_linear
 from plait.statistics import gradient_pass
-
-MASKS = ("rand", "struct", "wm", "grad", "snip")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ class ShiraOptions(Options):
     """Which entries; the paper prefers wm and snip for language models."""
 
     def __post_init__(self) -> None:
-        if self.mask not in MASKS:
-            raise PlaitError(f"mask must be one of {', '.join(MASKS)}, not {self.mask!r}.")
+        check_choices(self, "shira")
         if not 0 < self.density <= 1 or (self.rank is not None and self.rank < 1):
             raise PlaitError(
                 f"density must lie in (0, 1] and rank be at least 1, not {self.density} and "
@@ -58,11 +56,10 @@ class ShiraDelta(Delta):
     indices: Tensor  # sorted, into the flattened W
 
     def build(self) -> None:
-        count = entries(self.site, self.options)
+        count, total = entries(self.site, self.options), math.prod(self.site.shape)
         self.parameter("values", count)
-        kind = torch.int32 if math.prod(self.site.shape) < 2**31 else torch.int64
+        kind = torch.int32 if total < 2**31 else torch.int64
         if self.options.mask == "rand":
-            total = math.prod(self.site.shape)
             self.seeded_value("indices", draw(total, count, self.generator("mask")).to(kind))
         elif self.options.mask == "struct":
             found = structured(self.site, budget(self.site, self.options), self.generator("mask"))
@@ -104,57 +101,6 @@ class ShiraDelta(Delta):
         return self._layout[1]
 
 
-# -- which entries -----------------------------------------------------------------------------
-
-
-def budget(site: Site, o: ShiraOptions) -> int:
-    """p, as asked for."""
-    rows, columns = site.shape
-    wanted = o.density * rows * columns if o.rank is None else o.rank * (rows + columns)
-    return min(max(1, round(wanted)), rows * columns)
-
-
-def entries(site: Site, o: ShiraOptions) -> int:
-    """How many entries train: p, or what whole rows and columns make of it."""
-    if o.mask != "struct":
-        return budget(site, o)
-    rows, columns, diagonal = _structure(site, budget(site, o))
-    overlap = rows * columns + rows + columns  # crossings, and the diagonal's entries on each line
-    return rows * site.in_features + columns * site.out_features + diagonal - overlap
-
-
-def _structure(site: Site, p: int) -> tuple[int, int, int]:
-    """(whole rows, whole columns, diagonal entries) that fit into p entries."""
-    diagonal = min(*site.shape, p)
-    rows = (p - diagonal) // 2 // site.in_features
-    columns = (p - diagonal - rows * site.in_features) // site.out_features
-    rows = min(rows, diagonal // 2)  # every line crosses the diagonal at an entry of its own
-    return rows, min(columns, diagonal - rows), diagonal
-
-
-def structured(site: Site, p: int, g: torch.Generator) -> Tensor:
-    """Flat positions of random rows and columns and of the diagonal."""
-    rows, columns, diagonal = _structure(site, p)
-    lines = torch.randperm(diagonal, generator=g)
-    mask = torch.zeros(site.shape, dtype=torch.bool)
-    mask.diagonal()[:diagonal] = True
-    mask[lines[:rows]] = True
-    mask[:, lines[rows : rows + columns]] = True
-    return mask.flatten().nonzero().flatten()
-
-
-def draw(total: int, count: int, g: torch.Generator) -> Tensor:
-    """`count` distinct numbers below `total`, uniform and sorted, without shuffling them all."""
-    if 2 * count > total:
-        return torch.randperm(total, generator=g)[:count].sort().values
-    found = torch.empty(0, dtype=torch.long)
-    while len(found) < count:
-        # Distinct draws are a uniform subset of their size, and so is a random part of them.
-        more = torch.randint(total, (2 * (count - len(found)) + 16,), generator=g)
-        found = torch.cat([found, more]).unique()
-    return found[torch.randperm(len(found), generator=g)[:count]].sort().values
-
-
 @dataclass
 class MaskFromGradient(Initializer):
     """Choose the entries of `mask="grad"` (largest |g|) or `"snip"` (largest |W g|)."""
@@ -177,34 +123,6 @@ class MaskFromGradient(Initializer):
         delta.choose(scores)
 
 
-def _read_peft(delta: Delta, found: PeftSite) -> None:
-    rows, columns = found.tensors["shira_indices"].long()
-    flat = rows * delta.site.in_features + columns
-    values = found.tensors["shira_weight"]
-    if len(flat) != len(values) or len(flat) != len(delta.get_parameter("values")):
-        raise FormatError(f"{found.path!r} has {len(values)} values at {len(flat)} positions.")
-    kind = delta.get_buffer("indices").dtype
-    delta.frozen("indices", len(flat), dtype=kind).copy_(flat.sort().values)
-    delta.get_parameter("values").copy_(values[flat.argsort()])
-
-
-def _write_peft(delta: Delta) -> dict[str, Tensor]:
-    flat = delta.get_buffer("indices").long()
-    columns = delta.site.in_features
-    places = torch.stack([flat // columns, flat % columns]).int()
-    return {"shira_weight": delta.get_parameter("values"), "shira_indices": places}
-
-
-def _peft_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    found = {len(d.get_parameter("values")) / sum(d.site.shape) for d in deltas.values()}
-    rank = found.pop()
-    if found or rank != int(rank) or any(d.site.kind == "conv" for d in deltas.values()):
-        raise PlaitError(
-            "PEFT's SHiRA has r (in + out) entries in every linear; attach with rank=."
-        )
-    return {"r": int(rank), "fan_in_fan_out": any_transposed(deltas)}
-
-
 METHOD = Method(
     name="shira",
     title="SHiRA: sparse high rank adapters",
@@ -213,12 +131,5 @@ METHOD = Method(
     options=ShiraOptions,
     delta=ShiraDelta,
     count=per_site(entries),
-    peft=PeftCodec(
-        type="SHIRA",
-        keys={"values": "shira_weight", "indices": "shira_indices"},
-        options=lambda found: {"rank": found.config["r"]},
-        config=_peft_config,
-        read=_read_peft,
-        write=_write_peft,
-    ),
+    peft=PEFT,
 )
