@@ -9,7 +9,9 @@ from rule_models import batches, make_stack, randomise, train
 import plait
 from plait.adapter import build_adapter, install
 from plait.adapter.method import Method
-from plait.rules.increlora import Increlora, IncreloraDelta, orthogonality
+from plait.rules._gated import GatedDelta
+from plait.rules._orthogonal import orthogonality
+from plait.rules.increlora import Increlora
 
 
 def adapted(**options):
@@ -212,7 +214,7 @@ def _rebuilt(adapter, model):
     made = build_adapter(
         "default",
         method,
-        [(sites[p], IncreloraDelta) for p in adapter.deltas],
+        [(sites[p], GatedDelta) for p in adapter.deltas],
         adapter.options,
         by_site=options,
         seed=0,
