@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from plait.adapter.adapter import Adapter
 from plait.adapter.build import build_adapter
 from plait.adapter.delta import Delta
 from plait.adapter.pair import PairDelta
 from plait.adapter.registry import get_method
+from plait.adapter.site import Site
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 
@@ -26,31 +31,49 @@ def to_lora(adapter: Adapter, rank: int | None = None, energy: float | None = No
     `result.info["dropped_energy"]` gives the share lost per site. Raises PlaitError for deltas that
     are not linear in their input.
     """
-    lora = get_method("lora")
-    sites, lows, dropped = [], {}, {}
+    lows, dropped = {}, {}
     for path, delta in adapter.deltas.items():
-        low, lost = low_rank_of(delta, rank, energy)
-        sites.append(delta.site.bare())
-        lows[path], dropped[path] = low, lost
-    assert lora.delta is not None
-    with_bias = any(d.bias() is not None for d in adapter.deltas.values())
-    by_site = {
-        p: lora.options(rank=low.rank, alpha=float(low.rank), bias=with_bias)  # type: ignore[call-arg]
-        for p, low in lows.items()
-    }
-    top = max((low.rank for low in lows.values()), default=0)
-    options = lora.options(rank=top, alpha=float(top), bias=with_bias)  # type: ignore[call-arg]
+        lows[path], dropped[path] = low_rank_of(delta, rank, energy)
+    biases = {path: bias for path, d in adapter.deltas.items() if (bias := d.bias()) is not None}
+    info = {**adapter.info, "converted_from": adapter.method.name, "dropped_energy": dropped}
+    sites = [delta.site for delta in adapter.deltas.values()]
+    return lora_from(adapter.name, sites, lows, biases, seed=adapter.seed, info=info)
+
+
+def lora_from(
+    name: str,
+    sites: Sequence[Site],
+    lows: Mapping[str, LowRank],
+    biases: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    info: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """A LoRA of scaling 1, attached to nothing, whose change at each site is `lows[path]`.
+
+    With any of `biases` ({path: change of the bias}) every site has one, 0 where none is given.
+    """
+    lora: Any = get_method("lora")
+
+    def options(rank: int) -> Any:
+        return lora.options(rank=rank, alpha=float(rank), bias=bool(biases))
+
     result = build_adapter(
-        adapter.name,
+        name,
         lora,
-        [(s, lora.delta) for s in sites],
-        options,
-        by_site=by_site,
-        seed=adapter.seed,
+        [(site.bare(), lora.delta) for site in sites],
+        options(max((low.rank for low in lows.values()), default=0)),
+        by_site={path: options(low.rank) for path, low in lows.items()},
+        seed=seed,
         dtype=next(iter(lows.values())).dtype if lows else None,
-        info={**adapter.info, "converted_from": adapter.method.name, "dropped_energy": dropped},
+        info=info,
     )
-    _fill(result, adapter, lows)
+    for path, low in lows.items():
+        delta = result.deltas[path]
+        assert isinstance(delta, PairDelta)
+        delta.set_pair(low.A, low.B * low.scale)
+        if path in biases:
+            delta.get_parameter("c").data.copy_(biases[path])
     return result
 
 
@@ -80,14 +103,3 @@ def low_rank_of(
         U, S, Vh = torch.linalg.svd(dense.float(), full_matrices=False)
         full = LowRank(B=(U * S.sqrt()).to(dense.dtype), A=(S.sqrt()[:, None] * Vh).to(dense.dtype))
         return full.truncate(rank=rank, energy=energy)
-
-
-def _fill(result: Adapter, source: Adapter, lows: dict[str, LowRank]) -> None:
-    with torch.no_grad():
-        for path, low in lows.items():
-            target = result.deltas[path]
-            assert isinstance(target, PairDelta)
-            target.set_pair(low.A, low.B * low.scale)
-            bias = source.deltas[path].bias()
-            if bias is not None:
-                target.get_parameter("c").copy_(bias)

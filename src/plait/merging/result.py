@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from plait.adapter import Adapter, PairDelta, Site, build_adapter, get_method
+from plait.adapter import Adapter, Site
+from plait.adapter.convert import lora_from
 from plait.linalg import LowRank
 
 
@@ -39,24 +40,5 @@ class Result:
 
     def adapter(self, name: str, info: dict[str, Any]) -> Adapter:
         """A LoRA of scaling 1 whose changes are the sites added."""
-        lora: Any = get_method("lora")
-
-        def options(rank: int) -> Any:
-            return lora.options(rank=rank, alpha=float(rank), bias=bool(self.biases))
-
-        result = build_adapter(
-            name,
-            lora,
-            [(site, lora.delta) for site in self.sites],
-            options(max(low.rank for low in self.lows.values())),
-            by_site={path: options(low.rank) for path, low in self.lows.items()},
-            dtype=next(iter(self.lows.values())).dtype,
-            info={**info, "dropped_energy": self.dropped},
-        )
-        for path, low in self.lows.items():
-            delta = result.deltas[path]
-            assert isinstance(delta, PairDelta)
-            delta.set_pair(low.A, low.B * low.scale)
-            if path in self.biases:
-                delta.get_parameter("c").data.copy_(self.biases[path])
-        return result
+        info = {**info, "dropped_energy": self.dropped}
+        return lora_from(name, self.sites, self.lows, self.biases, info=info)
