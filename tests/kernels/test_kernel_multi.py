@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import relative_error
 
 from plait.kernels import multi_lora_, pack_factors, plan_rows, use_reference
+from plait.kernels.multi import concatenate
 
 INPUTS, OUTPUTS = 6, 5
 
@@ -56,7 +57,11 @@ def test_equals_a_loop_over_rows_with_gradients(ids, ranks, runs):
 @pytest.mark.parametrize("tokens", [8, 300])
 @pytest.mark.parametrize("keep_packed", [False, True])
 @pytest.mark.parametrize("layout", ["mixed", "runs", "one", "none"])
-def test_inference_equals_the_loop_whatever_the_strategy(dtype, tokens, keep_packed, layout):
+@pytest.mark.parametrize("concatenated", [False, True])
+def test_inference_equals_the_loop_whatever_the_strategy(
+    monkeypatch, dtype, tokens, keep_packed, layout, concatenated
+):
+    monkeypatch.setattr("plait.kernels.multi.concatenate", lambda *_: concatenated)
     ids = {
         "mixed": torch.randint(-1, 6, (tokens,)),
         "runs": torch.arange(tokens) * 6 // tokens,
@@ -75,6 +80,13 @@ def test_inference_equals_the_loop_whatever_the_strategy(dtype, tokens, keep_pac
     assert found is y
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     assert relative_error(found, expected) < tolerance
+
+
+def test_one_product_is_chosen_for_small_half_precision_batches_only():
+    decode, prefill = 2 * 240 * 64 * 1152, 2 * 240 * 2048 * 1152  # 8 adapters, 64 and 2048 rows
+    assert concatenate(torch.bfloat16, decode, 8)
+    assert not concatenate(torch.bfloat16, prefill, 8)
+    assert not concatenate(torch.float32, decode, 8)
 
 
 def test_reference_agrees():

@@ -8,7 +8,7 @@ of multiplying, chosen by dtype and shape:
 
 - *segments*: rows sorted by adapter (or already in runs), two products an adapter;
 - *concatenated*: one product with all active A stacked, entries of other rows' adapters masked out,
-  one product with all B. More arithmetic, fewer and larger products: what bf16 likes.
+  one product with all B. More arithmetic, fewer and larger products: what bf16 decoding likes.
 
 Gathering each row's factors for a batched product reads T times r (in + out) numbers and is never
 the right way on a CPU. Idea: Chen et al., Punica, 2023, arXiv 2310.18547 (segmented products).
@@ -145,7 +145,8 @@ def multi_lora_(
         plan: of T rows, from `plan_rows`.
         As: A [r_i, in] of every adapter; Bs: B [out, r_i]; scales: their factors.
         packed: `pack_factors(plan.active, ...)` kept by the caller, which saves copying the factors
-            in every step of generation; ignored where gradients are wanted.
+            in every step of generation; used where the concatenated product is chosen, that is
+            for half-precision rows without gradients.
     """
     if plain_path(y, x):
         return reference.multi_lora(y, x, plan.ids, As, Bs, scales)
@@ -160,22 +161,26 @@ def multi_lora_(
         gains = [scales[i] for i in plan.active]
         return _MultiLora.apply(y, x, plan, gains, dtype, *factors)
     with exact_dtypes(x.device.type):
-        if packed is not None or concatenate(dtype, plan):
+        rank = sum(As[i].shape[0] for i in plan.active)
+        arithmetic = 2 * rank * x.shape[0] * (x.shape[1] + y.shape[1])
+        if concatenate(dtype, arithmetic, len(plan.spans)):
             packed = packed or pack_factors(plan.active, As, Bs, scales, dtype)
             return _concatenated(y, x.to(dtype), plan, packed)
         pairs = {i: (As[i].to(dtype), (Bs[i] * scales[i]).to(dtype)) for i in plan.active}
         return _segments(y, x.to(dtype), plan, pairs)[0]
 
 
-def concatenate(dtype: torch.dtype, plan: RowPlan) -> bool:
-    """Whether one masked product beats a pair of products an adapter, on a CPU.
+def concatenate(dtype: torch.dtype, arithmetic: int, spans: int) -> bool:
+    """Whether one masked product beats a pair of products a span, on a CPU.
 
-    bf16 and fp16 products are several times faster than their small-size overhead, so waste is
-    cheap there; in fp32 it pays only where there are about as many adapters as rows, and few.
+    A bf16 or fp16 product of a few rows costs 40 to 150 us whatever its size, in which time a large
+    one does 8 million multiplications and more; the fixed cost of an fp32 product is a few us.
+
+    Args:
+        arithmetic: floating-point operations of the concatenated products, 2 T R (in + out).
+        spans: how many pairs of products the segments take.
     """
-    if dtype in (torch.bfloat16, torch.float16):
-        return True
-    return len(plan.spans) > 4 and plan.ids.shape[0] <= 32
+    return dtype in (torch.bfloat16, torch.float16) and arithmetic <= 8_000_000 * spans
 
 
 def _concatenated(y: Tensor, x: Tensor, plan: RowPlan, packed: PackedFactors) -> Tensor:
