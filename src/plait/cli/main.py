@@ -12,6 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
+# Idle OpenMP threads that spin starve whatever else runs: beside one other busy process two threads
+# took seven times longer to train. Read when torch is loaded, hence before it; a user's own wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import plait
 from plait.cli import (
     bases,

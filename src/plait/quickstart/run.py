@@ -27,8 +27,8 @@ class Training:
     """What one adapter gets; chosen so that all three fit in minutes on two cores."""
 
     steps: int
-    lr: float = 1e-3
-    batch_size: int = 16
+    lr: float = 2e-3
+    batch_size: int = 8
     rank: int = 8
 
 
@@ -38,18 +38,19 @@ class Quickstart:
 
     output: Path = Path("runs/quickstart")
     base: str = "smollm2-135m"
-    dtype: str = "float32"
+    dtype: str = "fastest"
+    """Of the base weights; "fastest" is bfloat16 where this machine multiplies it natively."""
     seed: int = 0
-    test_rows: int = 100
+    test_rows: int = 60
     """Held-out rows asked per task."""
     merge_rank: int = 16
     trainings: Mapping[str, Training] = field(default_factory=lambda: dict(TRAININGS))
 
 
 TRAININGS: dict[str, Training] = {
-    "home_en": Training(steps=90),
-    "home_de": Training(steps=90),
-    "reasoning": Training(steps=90),
+    "home_en": Training(steps=80),
+    "home_de": Training(steps=80),
+    "reasoning": Training(steps=100),
 }
 
 
@@ -62,8 +63,18 @@ def main(
     """Run (or finish) the quickstart and return the path of its report."""
     _require_demo()
     job = Quickstart(output=Path(output), **settings)
+    if job.dtype == "fastest":
+        job = dataclasses.replace(job, dtype=fastest_dtype())
     stages = Stages(job.output / "results", say)
     return _Run(job, stages, say).all()
+
+
+def fastest_dtype() -> str:
+    """bfloat16 on a GPU or a CPU with bfloat16 products, else float32."""
+    import torch
+
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if torch.cuda.is_available() or native() else "float32"
 
 
 def _require_demo() -> None:
