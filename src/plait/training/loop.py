@@ -28,6 +28,7 @@ from plait.adapter import Adapter, Rule, RuleStack, routing
 from plait.rules._base_weights import base_parameters
 from plait.training import checkpoint
 from plait.training.data import IGNORE, LengthGroupedSampler
+from plait.training.head import labelled_positions
 from plait.training.recipe import Recipe
 
 
@@ -94,6 +95,8 @@ class PlaitTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
+        if model.training and not return_outputs:
+            inputs = labelled_positions(self.model, inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         extra = self.stack.extra_loss() if model.training else None
         if isinstance(extra, Tensor):
