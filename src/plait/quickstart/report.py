@@ -26,7 +26,8 @@ text-align: right; } td small { color: var(--soft); } .good { color: var(--good)
 } img { width: 100%; height: auto; display: block; }
 code, pre { font: .85rem/1.5 ui-monospace, monospace; }
 pre { background: var(--panel); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; }
-.answers td { vertical-align: top; font-size: .9rem; } .answers code { white-space: pre-wrap; }
+.answers { table-layout: fixed; } .answers td { vertical-align: top; font-size: .9rem; }
+.answers code { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .75rem; }
 """
 
 
@@ -64,8 +65,8 @@ def _head(facts: dict[str, Any]) -> str:
     return (
         "<h1>Plait quickstart</h1>"
         f"<p class='lead'>{len(facts['train'])} LoRA adapters on {_e(facts['job']['base'])}, "
-        f"{count:,} trained numbers each, and one merge of them. Test sentences come from "
-        "templates that training never saw.</p>"
+        f"{count:,} trained numbers each, and one merge of them. Nothing that is tested "
+        "was trained on; test commands come from sentence templates that training never saw.</p>"
     )
 
 
@@ -73,7 +74,8 @@ def _scores(facts: dict[str, Any]) -> str:
     rows = []
     for name, task in facts["scores"].items():
         s = task["scores"]
-        cells = "".join(_score(s[k], best=k == name) for k in ("base", name, MERGED))
+        top = max(score["value"] for score in s.values())
+        cells = "".join(_score(s[k], s[k]["value"] == top > 0) for k in ("base", name, MERGED))
         title = _e(facts["data"][name]["title"])
         rows.append(
             f"<tr><td>{title}<br><small>{_e(task['metric'])}, {task['examples']} held-out "
@@ -112,7 +114,7 @@ def _answers(facts: dict[str, Any]) -> str:
     rows = []
     for name, task in facts["scores"].items():
         for sample in task["samples"]:
-            cells = (sample[k] for k in ("question", "reference", "base", name, MERGED))
+            cells = (_short(sample[k]) for k in ("question", "reference", "base", name, MERGED))
             rows.append("<tr>" + "".join(f"<td><code>{_e(c)}</code></td>" for c in cells) + "</tr>")
     head = "".join(f"<th>{h}</th>" for h in ("asked", "right", "base", "its adapter", "merged"))
     return (
@@ -164,6 +166,10 @@ def _next(folder: Path) -> str:
         f"ls {folder}/peft        # folders that PEFT, vLLM and transformers load",
     ]
     return f"<h2>Go on</h2><pre>{_e(chr(10).join(lines))}</pre>"
+
+
+def _short(text: str, most: int = 180) -> str:
+    return text if len(text) <= most else text[:most].rstrip() + " ..."
 
 
 def _e(text: Any) -> str:
