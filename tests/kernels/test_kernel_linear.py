@@ -254,3 +254,9 @@ def test_without_gradients_there_is_no_node():
 def test_impossible_dropout_is_refused(p):
     with pytest.raises(ValueError, match="dropout must lie in"):
         call(make_case(), p)
+
+
+def test_a_weight_of_another_dtype_is_refused_outside_autocast():
+    case = make_case(dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"x is torch.bfloat16 but the weight is torch.float32"):
+        lora_linear(case.x.bfloat16(), case.weight, None, case.A, case.B)

@@ -46,11 +46,20 @@ def plain_path(*tensors: Tensor | None) -> bool:
     return any(t is not None and type(t) not in _PLAIN for t in tensors)
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which `F.linear` would multiply `x`: autocast's where active, else x's."""
+def compute_dtype(x: Tensor, *weights: Tensor) -> torch.dtype:
+    """The dtype in which `F.linear` would multiply `x`: autocast's where active, else x's.
+
+    Raises:
+        TypeError: outside autocast, where x and a weight differ, as `F.linear` does.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            raise TypeError(
+                f"x is {x.dtype} but the weight is {weight.dtype}: cast x, or use torch.autocast"
+            )
     return x.dtype
 
 

@@ -56,7 +56,7 @@ def lora_linear_group(
     run = dispatch.find("lora_linear_group", x.device.type)
     if run is not None:
         return run(x, weights, biases, As, Bs, scales, drop)
-    dtype = compute_dtype(x)
+    dtype = compute_dtype(x, *weights)
     factors = (*As, *Bs)
     if grad and (x.requires_grad or any(t is not None and t.requires_grad for t in factors)):
         return _LoraGroup.apply(x, weights, biases, scales, drop, dtype, *factors)

@@ -63,7 +63,7 @@ def lora_linear(
     run = dispatch.find("lora_linear", x.device.type)
     if run is not None:
         return run(x, weight, bias, A, B, scale, drop)
-    dtype = compute_dtype(x)
+    dtype = compute_dtype(x, weight)
     if grad and (x.requires_grad or A.requires_grad or B.requires_grad):
         return _LoraLinear.apply(x, weight, bias, A, B, scale, drop, dtype)
     with exact_dtypes(x.device.type):
