@@ -15,10 +15,10 @@ quickstart: $(VENV)/demo
 	$(BIN)/plait quickstart
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-fast: $(VENV)/dev
-	$(BIN)/python -m pytest -m "not slow and not smollm2"
+	$(BIN)/python -m pytest -n auto -m "not slow and not smollm2"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
