@@ -216,7 +216,7 @@ def same(got: Tensor, wanted: Tensor, what: str) -> None:
 
 
 def same_tensors(got: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
-    assert list(got) == list(wanted), f"{what}: other names ({set(got) ^ set(wanted)})"
+    assert set(got) == set(wanted), f"{what}: other names ({set(got) ^ set(wanted)})"
     for name, tensor in wanted.items():
         same(got[name], tensor, f"{what}: {name}")
 
