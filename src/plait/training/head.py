@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from plait.adapter.site import base_class
 from plait.training.data import IGNORE
 
 _WORTH_IT = 0.9
@@ -38,7 +39,7 @@ def labelled_positions(model: nn.Module, inputs: dict[str, Any]) -> dict[str, An
     The loss and its gradients are the same; unchanged for models that cannot.
     """
     labels = inputs.get("labels")
-    base = getattr(model, "_plait_base_class", type(model))
+    base: type[nn.Module] = base_class(model)
     if not isinstance(labels, Tensor) or labels.dim() != 2 or not _can_skip(base):
         return inputs
     shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]
