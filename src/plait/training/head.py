@@ -22,7 +22,7 @@ _WORTH_IT = 0.9
 
 
 @cache
-def _can_skip(cls: type[nn.Module]) -> bool:
+def _can_skip(cls: Any) -> bool:
     """Does the model take `logits_to_keep`, and hand `shift_labels` on to its loss?"""
     if "logits_to_keep" not in inspect.signature(cls.forward).parameters:
         return False
@@ -39,7 +39,7 @@ def labelled_positions(model: nn.Module, inputs: dict[str, Any]) -> dict[str, An
     The loss and its gradients are the same; unchanged for models that cannot.
     """
     labels = inputs.get("labels")
-    base: type[nn.Module] = base_class(model)
+    base: Any = base_class(model)
     if not isinstance(labels, Tensor) or labels.dim() != 2 or not _can_skip(base):
         return inputs
     shifted = F.pad(labels, (0, 1), value=IGNORE)[:, 1:]

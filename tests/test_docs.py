@@ -1,0 +1,34 @@
+"""The generated pages are what the code says today, and the README's links lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def generated() -> dict[Path, str]:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pages()
+
+
+def test_the_table_of_methods_is_up_to_date():
+    pages = {f.name: text for f, text in generated().items()}
+    assert (ROOT / "docs" / "methods.md").read_text() == pages["methods.md"], "run `make docs`"
+
+
+def test_every_command_has_a_page():
+    """(The text of a help page also depends on the version of typer.)"""
+    assert all(file.is_file() for file in generated()), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_links_lead_somewhere(page: str):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
