@@ -70,7 +70,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
     )
     from plait.adapter.formats import load, read_adapter  # noqa: F401
     from plait.errors import PlaitError  # noqa: F401
-    from plait.merging import merge  # type: ignore[has-type]  # noqa: F401
+    from plait.merging.driver import merge  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

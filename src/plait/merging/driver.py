@@ -29,7 +29,6 @@ from plait.merging.sources import (
 )
 
 
-@torch.no_grad()
 def merge(
     adapters: Sequence[Source],
     method: str | MergeMethod = "linear",
@@ -60,26 +59,27 @@ def merge(
     Raises PlaitError for an unknown method or option (naming the nearest), adapters of different
     bases or shapes, NaN or infinity, and deltas that need a base they are not attached to.
     """
-    chosen = get_merge_method(method)
-    keywords = merge_options(chosen, options)
-    _check_cut(rank, energy)
-    inputs = read_sources(adapters)
-    factors = check_weights(weights, len(inputs))
-    sites = check_adapters(inputs)
-    result = Result()
-    for path in _tracked(sites, progress):
-        deltas = [delta_of(a, label, sites[path]) for label, a in labelled(inputs)]
-        low = chosen.merge(_alike(deltas), factors, **keywords)
-        bias = _sum_biases([bias_of(a, path) for a in inputs], factors)
-        result.add(sites[path], *_cut(low, rank, energy), bias)
-    facts = {
-        "method": chosen.name,
-        "options": keywords,
-        "weights": factors,
-        "adapters": [a.name for a in inputs],
-        "dropped_energy": result.dropped_energy,
-    }
-    return result.adapter(name, _base_facts(inputs) | {"merge": facts})
+    with torch.no_grad():
+        chosen = get_merge_method(method)
+        keywords = merge_options(chosen, options)
+        _check_cut(rank, energy)
+        inputs = read_sources(adapters)
+        factors = check_weights(weights, len(inputs))
+        sites = check_adapters(inputs)
+        result = Result()
+        for path in _tracked(sites, progress):
+            deltas = [delta_of(a, label, sites[path]) for label, a in labelled(inputs)]
+            low = chosen.merge(_alike(deltas), factors, **keywords)
+            bias = _sum_biases([bias_of(a, path) for a in inputs], factors)
+            result.add(sites[path], *_cut(low, rank, energy), bias)
+        facts = {
+            "method": chosen.name,
+            "options": keywords,
+            "weights": factors,
+            "adapters": [a.name for a in inputs],
+            "dropped_energy": result.dropped_energy,
+        }
+        return result.adapter(name, _base_facts(inputs) | {"merge": facts})
 
 
 def _check_cut(rank: int | None, energy: float | None) -> None:
