@@ -99,11 +99,18 @@ def test_version_and_help_are_quick_and_import_nothing_heavy() -> None:
     assert plait("--version").stdout.startswith("plait ")
 
 
+def _hear_interrupts() -> None:
+    # A suite started in the background inherits SIGINT ignored, and so would the command.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_exits_with_130(base: Path) -> None:
     command = [sys.executable, "-m", "plait.cli.main", "chat", "--base", str(base)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(  # type: ignore[call-overload]
+        command, text=True, preexec_fn=_hear_interrupts, **pipes
+    ) as process:
         assert "active: base" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)

@@ -20,7 +20,7 @@ def quickstart(
     """
     from plait.quickstart.run import main
 
-    print(f"report: {main(output, base=base)}")
+    main(output, base=base)
 
 
 def add(app: typer.Typer) -> None:
