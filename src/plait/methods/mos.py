@@ -109,10 +109,6 @@ class MosDelta(Delta):
             self.seeded_value(f"index_{side}", drawn)
 
     @property
-    def dropout(self) -> float:
-        return self.options.dropout if self.training else 0.0
-
-    @property
     def scaling(self) -> float:
         return 2.0 if self.options.alpha is None else self.options.alpha / self.rank
 

@@ -61,10 +61,6 @@ class NolaDelta(Delta):
         first, second = torch.randint(-(2**31), 2**31, (2,), generator=g).tolist()
         return first, second
 
-    @property
-    def dropout(self) -> float:
-        return self.options.dropout if self.training else 0.0
-
     def factors(self) -> LowRank:
         rank, (rows, columns) = self.options.rank, self.site.shape
         A = self.A0 + mix(self.a, self._keys["M"], (rank, columns))

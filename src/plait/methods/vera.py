@@ -63,10 +63,6 @@ class VeraDelta(Delta):
         with torch.no_grad():
             self.d.fill_(self.options.d_initial)
 
-    @property
-    def dropout(self) -> float:
-        return self.options.dropout if self.training else 0.0
-
     def factors(self) -> LowRank:
         rank = self.options.rank
         A = self.shared["A"][:rank, : self.site.in_features].to(self.b.dtype)

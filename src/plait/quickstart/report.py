@@ -7,10 +7,8 @@ import html
 from pathlib import Path
 from typing import Any
 
-from plait.quickstart.plots import loss_plot, norm_plot, score_plot
+from plait.quickstart.plots import MERGED, loss_plot, norm_plot, score_plot
 from plait.quickstart.stages import write_whole
-
-MERGED = "merged"
 
 STYLE = """
 :root { --ink: #1d2433; --soft: #5b6577; --line: #dfe3ea; --good: #0a7f5a; --panel: #f6f7f9; }

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from plait.errors import PlaitError
+from plait.quickstart.plots import MERGED
 from plait.quickstart.stages import Facts, Stages
-
-MERGED = "merged"
 
 
 @dataclass(frozen=True)
