@@ -11,6 +11,8 @@ dropout is not applied to the blocks: it rides, with the adapter's scale, on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,32 @@ from plait.kernels.dropout import Dropout, row_blocks
 def gain(scale: float, drop: Dropout | None) -> float:
     """The factor on the low-rank part: the adapter's scale and inverted dropout's 1/keep."""
     return scale if drop is None else scale / drop.keep
+
+
+# From this rank on the products with A and B are bound by arithmetic, not by memory.
+FOLD_RANK = 32
+
+
+def fold_plan(
+    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor | None], drop: Dropout | None
+) -> tuple[bool, bool]:
+    """(run x (W + s B A)^T as one product?, keep that sum for backward too?), for linears of one x.
+
+    Summing costs out * in * r a weight where the separate products cost tokens * out * r, and
+    tokens * in * r more in backward if the sum is kept, which is done while it is no larger than
+    the x that is kept anyway. On CPUs, without dropout, in the weights' own float32 or float64
+    alone: in half precision the sum would round dW away.
+    """
+    if drop is not None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False, False
+    if any(A is None or A.shape[0] < FOLD_RANK for A in As):
+        return False, False
+    if any(weight.dtype != x.dtype for weight in weights):
+        return False, False
+    tokens, width = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+    keep = all(weight.shape[0] <= tokens for weight in weights)
+    pays = all(w.numel() < tokens * (w.shape[0] + (width if keep else 0)) for w in weights)
+    return pays, pays and keep
 
 
 def project(x: Tensor, A: Tensor, drop: Dropout | None) -> Tensor:

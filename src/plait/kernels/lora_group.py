@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from plait.kernels import dispatch, reference
 from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
-from plait.kernels._lowrank import gain, gradient_of_b, project, pull_back, push_back
+from plait.kernels._lowrank import fold_plan, gain, gradient_of_b, project, pull_back, push_back
 from plait.kernels.dropout import Dropout, make_dropout
 
 
@@ -98,14 +98,37 @@ def _products(
     return tuple(outputs), u
 
 
+def _folded(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+) -> tuple[tuple[Tensor, ...], Tensor, list[Tensor]]:
+    """(outputs, the stacked u, every W_i + scale_i B_i A_i), in the dtype of x."""
+    dtype = x.dtype
+    u = project(x.reshape(-1, x.shape[-1]), torch.cat([A.to(dtype) for A in As]), None)
+    outputs, totals = [], []
+    for weight, bias, A, B, scale in zip(weights, biases, As, Bs, scales, strict=True):
+        totals.append(torch.addmm(weight, B.to(dtype), A.to(dtype), alpha=scale))
+        outputs.append(F.linear(x, totals[-1], None if bias is None else bias.to(dtype)))
+    return tuple(outputs), u, totals
+
+
 class _LoraGroup(Function):
     @staticmethod
     def forward(ctx: Any, x, weights, biases, scales, drop, dtype, *factors):
         count = len(weights)
         As, Bs = factors[:count], factors[count:]
         inputs = x.to(dtype)
+        fold, keep = fold_plan(inputs, weights, As, drop)
         with exact_dtypes(x.device.type):
-            outputs, u = _products(inputs, weights, biases, As, Bs, scales, drop)
+            if fold:
+                outputs, u, totals = _folded(inputs, weights, biases, As, Bs, scales)
+                weights = totals if keep else weights
+            else:
+                outputs, u = _products(inputs, weights, biases, As, Bs, scales, drop)
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[-2 * count :]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -114,7 +137,7 @@ class _LoraGroup(Function):
             *(weights if need_x else [None] * count),
             *factors,
         )
-        ctx.settings = ([gain(scale, drop) for scale in scales], drop, x.shape, x.dtype)
+        ctx.settings = ([gain(scale, drop) for scale in scales], drop, keep, x.shape, x.dtype)
         return outputs
 
     @staticmethod
@@ -123,7 +146,7 @@ class _LoraGroup(Function):
         count = len(grads)
         x, u, *rest = ctx.saved_tensors
         weights, As, Bs = rest[:count], rest[count:-count], rest[-count:]
-        gains, drop, x_shape, x_dtype = ctx.settings
+        gains, drop, whole, x_shape, x_dtype = ctx.settings
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[-2 * count :]
         # A member whose output was not used takes no part: neither in dx nor in the stack.
         flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
@@ -135,7 +158,7 @@ class _LoraGroup(Function):
             used = [None if g is None else A for g, A in zip(flat, As, strict=True)]
             stacked, rows = _stack(used, live.dtype)
             du = None
-            if stacked is not None and (need_x or x is not None):
+            if stacked is not None and ((need_x and not whole) or x is not None):
                 du = live.new_empty(stacked.shape[0], live.shape[0])
             grad_bs = _pull_back(flat, u, As, Bs, gains, needs[count:], du)
             if need_x:
@@ -143,7 +166,8 @@ class _LoraGroup(Function):
             grad_as: list[Tensor | None] = [None] * count
             if du is not None and stacked is not None:
                 inputs = None if x is None else x.reshape(-1, x_shape[-1])
-                grad_a = push_back(du, stacked, inputs, grad_x, drop)
+                # The kept sums W_i + s_i B_i A_i have given the whole of grad_x already.
+                grad_a = push_back(du, stacked, inputs, None if whole else grad_x, drop)
                 if grad_a is not None:
                     grad_as = [
                         None if A is None else grad_a[mine].to(A.dtype)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from plait.kernels import dispatch, reference
 from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
-from plait.kernels._lowrank import gain, gradient_of_b, project, pull_back, push_back
+from plait.kernels._lowrank import fold_plan, gain, gradient_of_b, project, pull_back, push_back
 from plait.kernels.dropout import Dropout, make_dropout
 
 
@@ -87,17 +87,32 @@ def _product(
     return y, u
 
 
+def _folded(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, u, W + scale B A), in the dtype of x."""
+    dtype = x.dtype
+    total = torch.addmm(weight, B.to(dtype), A.to(dtype), alpha=scale)
+    y = F.linear(x, total, None if bias is None else bias.to(dtype))
+    return y, project(x.reshape(-1, x.shape[-1]), A.to(dtype), None), total
+
+
 class _LoraLinear(Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, A, B, scale, drop, dtype):
         inputs = x.to(dtype)
+        fold, keep = fold_plan(inputs, [weight], [A], drop)
         with exact_dtypes(x.device.type):
-            y, u = _product(inputs, weight, bias, A, B, scale, drop)
+            if fold:
+                y, u, total = _folded(inputs, weight, bias, A, B, scale)
+                weight = total if keep else weight
+            else:
+                y, u = _product(inputs, weight, bias, A, B, scale, drop)
         need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         ctx.save_for_backward(
             inputs if need_a else None, u if need_b else None, weight if need_x else None, A, B
         )
-        ctx.settings = (gain(scale, drop), drop, x.shape, x.dtype)
+        ctx.settings = (gain(scale, drop), drop, keep, x.shape, x.dtype)
         return y
 
     @staticmethod
@@ -105,7 +120,7 @@ class _LoraLinear(Function):
     def backward(ctx: Any, grad: Tensor):
         need_x, need_a, need_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         x, u, weight, A, B = ctx.saved_tensors
-        alpha, drop, x_shape, x_dtype = ctx.settings
+        alpha, drop, whole, x_shape, x_dtype = ctx.settings
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_a = grad_b = None
         with exact_dtypes(g.device.type):
@@ -116,7 +131,8 @@ class _LoraLinear(Function):
                 du = pull_back(B, g, alpha)
                 inputs = x.reshape(-1, x_shape[-1]) if need_a else None
                 grad_x = g.mm(weight.to(g.dtype)) if need_x else None
-                grad_a = push_back(du, A.to(g.dtype), inputs, grad_x, drop)
+                # The kept W + s B A has given the whole of grad_x already.
+                grad_a = push_back(du, A.to(g.dtype), inputs, None if whole else grad_x, drop)
         if grad_x is not None:
             grad_x = grad_x.view(x_shape).to(x_dtype)
         if grad_a is not None:
