@@ -40,16 +40,16 @@ class Quickstart:
     dtype: str = "fastest"
     """Of the base weights; "fastest" is bfloat16 where this machine multiplies it natively."""
     seed: int = 0
-    test_rows: int = 60
+    test_rows: int = 50
     """Held-out rows asked per task."""
     merge_rank: int = 16
     trainings: Mapping[str, Training] = field(default_factory=lambda: dict(TRAININGS))
 
 
 TRAININGS: dict[str, Training] = {
-    "home_en": Training(steps=80),
-    "home_de": Training(steps=80),
-    "reasoning": Training(steps=80),
+    "home_en": Training(steps=60),
+    "home_de": Training(steps=60),
+    "reasoning": Training(steps=50),
 }
 
 
