@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,22 +61,8 @@ def _contestant(
 ) -> tuple[int, Any]:
     """(trainable parameters without the head, the run that moves them)."""
     if contender.method == "full":
-        count = sum(p.numel() for p in model.parameters())
-        return count, _Plain(torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0))
-    options: Mapping[str, Any] = {"targets": task.targets, **contender.options}
-    adapter = plait.attach(
-        model,
-        contender.method,
-        initializer=contender.initializer,
-        data=list(itertools.islice(task.batches(seed + 1000), 4)),
-        train_modules=task.head,
-        seed=seed,
-        **options,
-    )
-    count = sum(
-        p.numel() for d in adapter.deltas.values() for p in d.parameters() if p.requires_grad
-    )
-    count = min(count, adapter.num_parameters())  # tensors that several sites share count once
+        head = sum(p.numel() for name in task.head for p in model.get_submodule(name).parameters())
+    count = adapter.num_parameters() - head
     rules = list(contender.rules)
     own = adapter.method.rule
     if own is not None and not rules:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,6 +58,8 @@ class PeftCodec:
     """Whether a configuration of this type is this method's."""
     required: Mapping[str, Any] = field(default_factory=dict)
     """Keys that change the mathematics in a way this method lacks, with the value that does not."""
+    settings: Collection[str] = ()
+    """Keys of this type alone that `options` reads, or that matter at the start only."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ def check_config(config: Mapping[str, Any], codec: PeftCodec, file: Path) -> Non
             raise FormatError(
                 f"{key}={config[key]!r} changes what the adapter computes, in a way Plait lacks."
             )
-    strange = {k: v for k, v in config.items() if k not in HARMLESS and k not in codec.required}
+    known = HARMLESS | codec.required.keys() | set(codec.settings)
+    strange = {k: v for k, v in config.items() if k not in known}
     strange = {k: v for k, v in strange.items() if v not in (None, False, [], {}, "")}
     for key, value in strange.items():
         if key.startswith("use_") and value is True:

@@ -179,9 +179,12 @@ def _fill(adapter: Adapter, codec: PeftCodec, found: Sorted) -> None:
             ):
                 raise FormatError(
                     f"{theirs!r} is missing, or not {list(adapter.shared[own].shape)}; let PEFT "
-                    "save its frozen projections too."
+                    "save what its layers share (frozen projections) too."
                 )
-            adapter.shared.keep(own, found.shared[theirs])
+            if own in adapter.shared._parameters:
+                adapter.shared[own].copy_(found.shared[theirs])  # a pool that goes on training
+            else:
+                adapter.shared.keep(own, found.shared[theirs])
         for path, here in found.sites.items():
             delta = adapter.deltas[path]
             if codec.read is not None:
