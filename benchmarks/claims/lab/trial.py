@@ -61,12 +61,22 @@ def _contestant(
 ) -> tuple[int, Any]:
     """(trainable parameters without the head, the run that moves them)."""
     if contender.method == "full":
-        head = sum(p.numel() for name in task.head for p in model.get_submodule(name).parameters())
+        count = sum(p.numel() for p in model.parameters())
+        return count, _Plain(torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0))
+    options: Mapping[str, Any] = {"targets": task.targets, **contender.options}
+    adapter = plait.attach(
+        model,
+        contender.method,
+        initializer=contender.initializer,
+        data=list(itertools.islice(task.batches(seed + 1000), 4)),
+        train_modules=task.head,
+        seed=seed,
+        **options,
+    )
+    head = sum(p.numel() for name in task.head for p in model.get_submodule(name).parameters())
     count = adapter.num_parameters() - head
-    rules = list(contender.rules)
-    own = adapter.method.rule
-    if own is not None and not rules:
-        rules = [adapter.method.name]
+    own = [adapter.method.name] if adapter.method.rule is not None else []
+    rules = list(contender.rules) or own
     return count, plait.RuleStack(model, rules, lr=rate, total_steps=steps, seed=seed)
 
 
