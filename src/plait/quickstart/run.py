@@ -47,9 +47,9 @@ class Quickstart:
 
 
 TRAININGS: dict[str, Training] = {
-    "home_en": Training(steps=60),
-    "home_de": Training(steps=60),
-    "reasoning": Training(steps=50),
+    "home_en": Training(steps=50),
+    "home_de": Training(steps=50),
+    "reasoning": Training(steps=40),
 }
 
 
@@ -199,7 +199,7 @@ class _Run:
             metrics=(),
             scorer=task.score,
             adapters=["base", name, MERGED],
-            batch_size=25,
+            batch_size=50,
             max_new_tokens=task.max_new_tokens,
             limit=self.job.test_rows,
             progress=True,
