@@ -97,11 +97,14 @@ def _fused_values(entries: list[tuple[Delta, Weight]]) -> dict[str, Tensor]:
 
 
 def _plus_changes(weight: Tensor, entries: list[tuple[Delta, Weight]]) -> Tensor:
+    """W + sum of w dW, rounded to W's dtype once."""
+    dtype = weight.dtype
+    total = weight.to(torch.promote_types(dtype, torch.float32))
     for delta, scale in entries:
         low = delta.factors()
         if low is not None and not isinstance(scale, Tensor):
-            B, A = low.B.to(weight.dtype), low.A.to(weight.dtype)
-            weight = torch.addmm(weight, B, A, alpha=low.scale * scale)
+            B, A = low.B.to(total.dtype), low.A.to(total.dtype)
+            total = torch.addmm(total, B, A, alpha=low.scale * scale)
         else:
-            weight = weight + (scale * delta.dense()).to(weight.dtype)
-    return weight
+            total = total + (scale * delta.dense()).to(total.dtype)
+    return total.to(dtype)

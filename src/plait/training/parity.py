@@ -23,6 +23,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, tor
 bfloat16 weight keeps 8 bits of W + dW, where an adapter beside W loses none."""
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 """Of the adapter read back from Plait's own format, which holds every bit."""
+AGREEMENT = 0.95
+"""Least share of positions with the same most likely token: what the wide tolerance of half
+precision would let through."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,14 @@ class Comparison:
     """Greatest |difference| of logits; None when it could not be run."""
     tolerance: float = 0.0
     note: str = ""
+    agreement: float = 1.0
+    """Share of positions whose most likely token is the same."""
 
     @property
     def passed(self) -> bool:
-        return self.difference is None or self.difference <= self.tolerance
+        if self.difference is None:
+            return True
+        return self.difference <= self.tolerance and self.agreement >= AGREEMENT
 
     def __str__(self) -> str:
         if self.difference is None:
@@ -45,7 +52,7 @@ class Comparison:
         verdict = "ok" if self.passed else "DIFFERS"
         note = f" ({self.note})" if self.note else ""
         shown = f"max |difference| {self.difference:.2e}, tolerance {self.tolerance:.2e}"
-        return f"{self.name}: {shown}: {verdict}{note}"
+        return f"{self.name}: {shown}, same token {self.agreement:.1%}: {verdict}{note}"
 
 
 @dataclass
@@ -97,7 +104,7 @@ def _fused(
     except PlaitError as e:
         return Comparison("fused", None, note=str(e))
     try:
-        return Comparison("fused", _difference(attached, _logits(model, batches)), tolerance)
+        return _comparison("fused", attached, _logits(model, batches), tolerance)
     finally:
         unfuse(model)
 
@@ -119,7 +126,7 @@ def _reloaded(
         return Comparison(label, None, note=str(e))
     try:
         note = "" if name == "plait" else f"as {again.method.name}"
-        return Comparison(label, _difference(attached, _logits(model, batches)), tolerance, note)
+        return _comparison(label, attached, _logits(model, batches), tolerance, note)
     finally:
         detach(model, trial)
 
@@ -134,5 +141,10 @@ def _logits(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[T
     return found
 
 
-def _difference(first: list[Tensor], second: list[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+def _comparison(
+    name: str, first: list[Tensor], second: list[Tensor], tolerance: float, note: str = ""
+) -> Comparison:
+    pairs = list(zip(first, second, strict=True))
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
+    same = [(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs]
+    return Comparison(name, difference, tolerance, note, float(torch.cat(same).double().mean()))
