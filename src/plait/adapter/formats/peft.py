@@ -73,10 +73,16 @@ def find_codec(config: Mapping[str, Any]) -> tuple[Method, PeftCodec]:
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         raise FormatError("adapter_config.json names no peft_type.")
+    refusing: tuple[Method, PeftCodec] | None = None
     for method in _methods(kind.lower()):
         codec = method.peft
-        if codec is not None and codec.type == kind and codec.accepts(dict(config)):
+        if codec is None or codec.type != kind or not codec.accepts(dict(config)):
+            continue
+        if _lacking(codec, config) is None:
             return method, codec
+        refusing = refusing or (method, codec)  # a kin of the method may have what it lacks
+    if refusing is not None:
+        return refusing
     known = sorted({m.peft.type for m in _methods(None) if m.peft is not None})
     raise FormatError(f"PEFT type {kind!r} is not one that Plait reads ({', '.join(known)}).")
 
@@ -95,11 +101,11 @@ def _methods(first: str | None) -> Iterator[Method]:
 
 def check_config(config: Mapping[str, Any], codec: PeftCodec, file: Path) -> None:
     """Refuse what would compute something else; warn of what cannot be judged."""
-    for key, plain in codec.required.items():
-        if config.get(key) not in (plain, None, False, [], {}):
-            raise FormatError(
-                f"{key}={config[key]!r} changes what the adapter computes, in a way Plait lacks."
-            )
+    key = _lacking(codec, config)
+    if key is not None:
+        raise FormatError(
+            f"{key}={config[key]!r} changes what the adapter computes, in a way Plait lacks."
+        )
     known = HARMLESS | codec.required.keys() | set(codec.settings)
     strange = {k: v for k, v in config.items() if k not in known}
     strange = {k: v for k, v in strange.items() if v not in (None, False, [], {}, "")}
@@ -109,6 +115,13 @@ def check_config(config: Mapping[str, Any], codec: PeftCodec, file: Path) -> Non
     if strange:
         keys = ", ".join(sorted(strange))
         warnings.warn(f"{file}: unknown keys are ignored: {keys}.", stacklevel=5)
+
+
+def _lacking(codec: PeftCodec, config: Mapping[str, Any]) -> str | None:
+    """A key of the configuration that asks for mathematics which the codec's method lacks."""
+    plain = (None, False, [], {})
+    asked = (k for k, v in codec.required.items() if config.get(k) not in (v, *plain))
+    return next(asked, None)
 
 
 def _sizes(config: Mapping[str, Any]) -> list[Any]:
