@@ -73,4 +73,4 @@ def test_an_adapter_without_pairs_is_refused() -> None:
     model = make_stack()
     plait.attach(model, "increlora", seed=0)
     with pytest.raises(plait.PlaitError, match="pairs"):
-        plait.RuleStack(model, ["lora-plus"])
+        plait.RuleStack(model, ["lora-plus"], total_steps=10)

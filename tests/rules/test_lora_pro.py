@@ -287,7 +287,7 @@ def test_a_method_without_pairs_is_refused() -> None:
     model = make_stack()
     plait.attach(model, "increlora", seed=0)
     with pytest.raises(plait.PlaitError, match="pairs"):
-        plait.RuleStack(model, ["lora-pro"])
+        plait.RuleStack(model, ["lora-pro"], total_steps=10)
 
 
 def test_an_unknown_form_is_refused_by_name() -> None:

@@ -76,9 +76,7 @@ def _contestant(
     )
     head = sum(p.numel() for name in task.head for p in model.get_submodule(name).parameters())
     count = adapter.num_parameters() - head
-    own = [adapter.method.name] if adapter.method.rule is not None else []
-    rules = list(contender.rules) or own
-    return count, plait.RuleStack(model, rules, lr=rate, total_steps=steps, seed=seed)
+    return count, plait.RuleStack(model, contender.rules, lr=rate, total_steps=steps, seed=seed)
 
 
 class _Plain:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapter.adapter import Adapter
+from plait.adapter.method import Method
 from plait.adapter.registry import get_method
 from plait.adapter.state import find_state
 from plait.errors import PlaitError, unknown
@@ -142,13 +143,24 @@ def make_rule(spec: str | Rule | dict[str, Any]) -> Rule:
     return method.rule(**options)
 
 
+def with_own_rules(rules: Sequence[Rule], methods: Iterable[Method]) -> list[Rule]:
+    """The rules, behind those that the methods bring and the list lacks."""
+    brought: list[Rule] = []
+    for method in methods:
+        own = method.rule
+        if own is not None and not any(isinstance(rule, own) for rule in (*brought, *rules)):
+            brought.append(own())
+    return [*brought, *rules]
+
+
 @dataclass(eq=False)
 class RuleStack:
     """Rules in order over one optimiser.
 
     Args:
         model: with the adapters that train attached and active.
-        rules: names, `{name: options}` or instances.
+        rules: names, `{name: options}` or instances. A rule that an adapter's method brings (as
+            `adalora` does) comes first by itself, with its defaults, unless it is in the list.
         optimizer: makes the optimiser from parameter groups; None is torch's AdamW.
     """
 
@@ -163,10 +175,13 @@ class RuleStack:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rules = [make_rule(r) for r in self.rules]
+        adapters = training_adapters(self.model)
+        self.rules = with_own_rules(
+            [make_rule(r) for r in self.rules], [a.method for a in adapters]
+        )
         self.run = Run(
             self.model,
-            training_adapters(self.model),
+            adapters,
             self.lr,
             self.weight_decay,
             self.total_steps,

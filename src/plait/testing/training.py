@@ -104,7 +104,7 @@ def _train(case: Case, lr: float, steps: int = 30) -> tuple[float, float]:
     adapter = case.attach(model)
     model.train()
     x, labels = case.task()
-    rules = [case.method.name] if case.method.rule is not None else []
+    rules = [case.method.name] if case.method.axis == "rule" else []
     run = RuleStack(model, rules, lr=lr, total_steps=steps)
     first = float(_loss(case, model, x, labels).detach())
     for _ in range(steps):

@@ -35,7 +35,7 @@ from plait.adapter import (
     get_method,
     make_rule,
 )
-from plait.adapter.rule import training_adapters
+from plait.adapter.rule import training_adapters, with_own_rules
 from plait.adapter.targets import base_modules
 from plait.errors import PlaitError
 from plait.rules._base_weights import FullTraining, base_parameters
@@ -128,10 +128,7 @@ def make_rules(recipe: Recipe) -> list[Rule]:
         if all(rule.needs_adapter for rule in rules):
             return [FullTraining(), *rules]
         return rules
-    own = get_method(recipe.method).rule
-    if own is not None and not any(isinstance(rule, own) for rule in rules):
-        rules.insert(0, own())
-    return rules
+    return with_own_rules(rules, [get_method(recipe.method)])
 
 
 def _refusals(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> list[str]:
