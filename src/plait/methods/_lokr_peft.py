@@ -1,0 +1,71 @@
+"""LoKr in PEFT's folders: w2 of a convolution keeps the kernel's axes there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from plait.adapter import Delta, PeftCodec, PeftSite, Site
+from plait.adapter.formats.peft_codec import one_value
+from plait.adapter.site import ConvSite, LinearSite
+from plait.methods._lycoris_peft import SETTINGS, lycoris_config, partial_reader, rank_and_alpha
+
+KEYS = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
+
+
+def _options(found: PeftSite) -> dict[str, Any]:
+    return rank_and_alpha(found) | {
+        "factor": found.config.get("decompose_factor", -1),
+        "decompose_both": bool(found.config.get("decompose_both")),
+    }
+
+
+def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
+    return lycoris_config(deltas) | {
+        "decompose_factor": one_value(deltas, "factor"),
+        "decompose_both": one_value(deltas, "decompose_both"),
+    }
+
+
+def _write(delta: Delta) -> dict[str, Tensor]:
+    tensors = {KEYS[name]: value for name, value in delta.named_parameters()}
+    if delta.site.kind == "conv" and "lokr_w2" in tensors:
+        kernel, w2 = delta.site.details["kernel"], tensors["lokr_w2"]
+        tensors["lokr_w2"] = w2.reshape(w2.shape[0], -1, *kernel[1:])
+    return tensors
+
+
+def _site(found: PeftSite) -> Site | None:
+    """The site of a full w2; a low-rank one may be a linear layer's or a convolution's."""
+    if "lokr_w2" not in found.tensors:
+        return None
+    w2 = found.tensors["lokr_w2"]
+    o1, i1 = _sizes(found.tensors)
+    rows, channels, kernel = o1 * w2.shape[0], i1 * w2.shape[1], tuple(w2.shape[2:])
+    if not kernel:
+        return LinearSite(found.path, (rows, channels))
+    shape = (rows, channels * math.prod(kernel))
+    return ConvSite(found.path, shape, None, {"kernel": (channels, *kernel)})
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    if "lokr_w1" in tensors:
+        rows, columns = tensors["lokr_w1"].shape
+        return rows, columns
+    return tensors["lokr_w1_a"].shape[0], tensors["lokr_w1_b"].shape[1]
+
+
+LOKR_CODEC = PeftCodec(
+    type="LOKR",
+    keys=KEYS,
+    options=_options,
+    config=_config,
+    site=_site,
+    read=partial_reader(KEYS),
+    write=_write,
+    required={"use_effective_conv2d": False},
+    settings=(*SETTINGS, "decompose_factor", "decompose_both"),
+)
