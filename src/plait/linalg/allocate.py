@@ -1,0 +1,71 @@
+"""Spending a budget over sites: which of its options each site gets (ranks, bit widths).
+
+Every option has a price and a worth. Greedy steps along each site's upper concave hull, the best
+worth per price first: the optimum where steps cost alike and pay ever less (a spectrum's energy,
+sorted scores of components), elsewhere less than one step's worth below it.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+
+def allocate(
+    worth: Mapping[str, Sequence[float]],
+    budget: float,
+    price: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, int]:
+    """{site: index of its option}, of great total worth at a total price of at most `budget`.
+
+    Args:
+        worth: of each site's options, cheapest first. For ranks 0 to k: sums of the leading scores.
+        budget: what all options chosen may cost together.
+        price: of the same options, strictly rising; None means that option i costs i.
+
+    Equal claims go to the site that comes first. Raises ValueError for prices that do not rise, or
+    a budget below that of everyone's cheapest option.
+    """
+    prices = {s: list((price or {}).get(s, range(len(w)))) for s, w in worth.items()}
+    for site, p in prices.items():
+        if len(p) != len(worth[site]) or not p or any(a >= b for a, b in pairwise(p)):
+            raise ValueError(f"allocate: {site!r} needs one rising price for each of its options.")
+    left = budget - sum(p[0] for p in prices.values())
+    if left < 0:
+        raise ValueError(f"allocate: a budget of {budget} is {-left} short of the least possible.")
+    steps = {s: _hull_steps(prices[s], worth[s]) for s in worth}
+    chosen = dict.fromkeys(worth, 0)
+    queue = [
+        (-moves[0].rate, order, s, 0) for order, (s, moves) in enumerate(steps.items()) if moves
+    ]
+    heapq.heapify(queue)
+    while queue:
+        _, order, site, at = heapq.heappop(queue)
+        step = steps[site][at]
+        if step.cost > left:
+            continue  # a site that cannot pay takes no later step; cheaper sites still may
+        chosen[site], left = step.option, left - step.cost
+        if at + 1 < len(steps[site]):
+            heapq.heappush(queue, (-steps[site][at + 1].rate, order, site, at + 1))
+    return chosen
+
+
+class _Step(NamedTuple):
+    rate: float
+    cost: float
+    option: int
+
+
+def _hull_steps(price: Sequence[float], worth: Sequence[float]) -> list[_Step]:
+    """Steps along the upper concave hull of (price, worth), as far as worth grows."""
+    steps, at = [], 0
+    while at + 1 < len(price):
+        rates = {
+            j: (worth[j] - worth[at]) / (price[j] - price[at]) for j in range(at + 1, len(price))
+        }
+        best = max(rates, key=lambda j: (rates[j], -j))
+        if rates[best] <= 0:
+            break
+        steps.append(_Step(rates[best], price[best] - price[at], best))
+        at = best
+    return steps
