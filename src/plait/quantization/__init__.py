@@ -1,0 +1,10 @@
+"""Quantisers: what a base weight reads back as when it is stored in a few bits.
+
+`Quantizer` is the seam: whatever answers `quantize(W)` serves the initialisers and rules that look
+at quantisation errors. `BlockQuantizer` is the reference, in plain PyTorch.
+"""
+
+from plait.quantization.blocks import BlockQuantizer, normal_codes, uniform_codes
+from plait.quantization.quantizer import Quantizer
+
+__all__ = ["BlockQuantizer", "Quantizer", "normal_codes", "uniform_codes"]
