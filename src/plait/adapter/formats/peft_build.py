@@ -45,7 +45,9 @@ def sort_tensors(tensors: Mapping[str, Tensor], config: dict[str, Any], codec: P
         path = name.removeprefix(PREFIX)
         ending = next((e for e in endings if path.endswith("." + e)), None)
         module = _module_to_save(path, saved)
-        if ending is not None:
+        if name in codec.shared.values():
+            found.shared[name] = tensor  # PEFT may name its parts under the sites alike
+        elif ending is not None:
             owner = path[: -len(ending) - 1]
             # Only wrappers of raw parameters nest, and only they have base_layer in these names.
             plain = depth.sub("", owner)
