@@ -1,0 +1,108 @@
+"""MoSA: a residual adapter that is cut into sparse experts to train, and whole again after it.
+
+    x ──┬──► sublayer ───────────────────────────────────────────────────────────► + ──► y
+        └──► norm ──► D (r x d) ──► gelu ──► U (d x r) ──► * scale ──────────────────┘
+                                       U = U_0 + ... + U_{E-1}, no two with an entry in common
+
+In every step each site draws one expert of each cut projection; only its entries are seen (the
+others stand at their start) and only they move. Evaluation, and everything after training, uses all
+of them: the merge is a matter of reading, and the adapter is a plain one of the same size. Rule
+`mosa` draws (from the run's seed, so that processes and resumed runs agree) and adds the paper's
+consistency loss: the batch runs a second time with another draw, and kl times the symmetric KL
+divergence of the two answers is added, at the price of a second pass; that draw's entries move too.
+A loop without rules trains all experts together. U and the biases start at 0 (the base model), D as
+nn.Linear does. Departures: the biases and the norm are one for all experts, where the released code
+gives each expert its own and averages; experts never share entries that differ, so its "add" and
+"joint" merges are the same. Left out, being no more than a sketch in the paper: experts at several
+granularities, and the penalty on hidden states. DistributedDataParallel must look for unused
+parameters. Not linear: no fusing, no LoRA export.
+Paper: Zhang et al., 2023, arXiv 2312.02923. Parameters: 2 r d + r + d, and 2 d for the norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from plait.adapter import Method, Rule, Run, per_site
+from plait.adapter.seeds import generator
+from plait.errors import PlaitError
+from plait.methods._blocks import FEED_FORWARD
+from plait.rules._sparse_experts import MosaDelta, MosaOptions, mosa_count
+from plait.rules._two_passes import SecondPass
+
+
+@dataclass
+class Mosa(Rule):
+    kl: float = 1.0
+    """Weight of the consistency loss (paper: 1); 0 saves the second pass."""
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        if self.kl < 0:
+            raise PlaitError(f"rule Mosa: kl must be at least 0, not {self.kl}.")
+        if not _deltas(run):
+            raise PlaitError("rule Mosa draws the experts of method mosa; attach that.")
+        if self.kl and any(
+            getattr(m, "gradient_checkpointing", False) for m in run.model.modules()
+        ):
+            raise PlaitError(
+                "rule Mosa: with gradient checkpointing a block runs again in backward, when the "
+                "second pass has drawn other experts; use `rules: [{mosa: {kl: 0}}]`, or no "
+                "checkpointing."
+            )
+
+    def setup(self, run: Run) -> None:
+        super().setup(run)
+        self._deltas = _deltas(run)
+        self._second = SecondPass(run.model) if self.kl else None
+        self._draw("first")
+
+    def _draw(self, which: str) -> None:
+        """Experts for this step: a function of seed and step, with no state to keep."""
+        g = generator(self.run.seed, "mosa", which, str(self.run.step))
+        for delta in self._deltas:
+            delta.draw(g)
+
+    def extra_loss(self) -> Tensor | None:
+        if self._second is None:
+            return None
+        self._draw("second")
+        try:
+            divergence = self._second.divergence()
+        finally:
+            self._draw("first")  # for this step's next micro-batch
+        return None if divergence is None else self.kl * divergence
+
+    def after_step(self) -> None:
+        self._draw("first")
+
+    def finish(self) -> None:
+        for delta in self._deltas:
+            delta.active = {}
+        if self._second is not None:
+            self._second.close()
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        super().load_state_dict(state)
+        self._draw("first")  # the step is another one now
+
+
+def _deltas(run: Run) -> list[MosaDelta]:
+    found = (d for a in run.adapters for d in a.deltas.values())
+    return [d for d in found if isinstance(d, MosaDelta)]
+
+
+METHOD = Method(
+    name="mosa",
+    title="MoSA: mixture of sparse adapters, split to train and merged after",
+    paper="Zhang et al., 2023, arXiv 2312.02923",
+    axis="parameterisation",
+    options=MosaOptions,
+    delta=MosaDelta,
+    rule=Mosa,
+    count=per_site(mosa_count),
+    targets=FEED_FORWARD,
+    example={"rank": 6, "experts": 3},
+)
