@@ -6,9 +6,9 @@ dW_i = scaling * B diag(c_i) A. Each c_i is pulled towards zero, so that a layer
 few components it needs: the rank of every layer is learned. Rule `s2-lora` does that with a soft
 threshold after each step, c <- sign(c) max(|c| - eta l1, 0), eta being lr (under Adam lr / sqrt(v)
 of each entry): as a term of the loss the penalty would never give an exact zero. And it holds A A^T
-and B^T B near I, without which a growing pair would undo the penalty. Without the rule nothing is
-sparse. Start: A's rows and B's columns orthonormal, c = 0, which is the base model (only c has a
-gradient in the first step). Weight matrices of another shape have another pair. The paper's
+and B^T B near I, without which a growing pair would undo the penalty. In a loop without rules
+nothing is sparse. Start: A's rows and B's columns orthonormal, c = 0, which is the base model (only
+c has a gradient in the first step). Weight matrices of another shape have another pair. The paper's
 constants are not public: `l1` and `orthogonal` are ours, and to be tried.
 Paper: Liu et al., 2023, arXiv 2309.11756. Parameters: r a site, and r (in + out) a shape.
 """
