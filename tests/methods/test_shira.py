@@ -258,3 +258,92 @@ def test_logits_equal_peft():
     torch.testing.assert_close(tiny.logits(model), want, rtol=1e-5, atol=1e-5)
     trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert trained == adapter.num_parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_switching_two_adapters_of_a_whole_model_restores_the_base_bitwise(dtype):
+    """Live and fused, masks that overlap, steps of training between: every bit of W comes back."""
+    model = tiny.llama().to(dtype)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    answer = tiny.logits(model)
+    for number, mask in enumerate(MASKS):
+        adapter = plait.attach(model, "shira", density=0.3, mask=mask, name=mask, seed=number)
+        tiny.scramble(adapter, 0.5, seed=number)
+    outputs = {}
+    for name in ("rand", "wm", "rand", "struct", "wm"):
+        plait.activate(model, name)
+        live = tiny.logits(model)
+        plait.fuse(model)
+        fused = tiny.logits(model)
+        plait.unfuse(model)
+        again = outputs.setdefault(name, (live, fused))
+        assert torch.equal(again[0], live) and torch.equal(again[1], fused)
+        assert not torch.equal(live, answer)
+        now = model.state_dict()
+        assert all(torch.equal(now[key], tensor) for key, tensor in base.items())
+    model(**tiny.batch()).loss.backward()
+    with torch.no_grad():
+        for parameter in plait.adapters(model)["wm"].parameters():
+            parameter -= 0.1 * parameter.grad
+    plait.activate(model, {})
+    assert torch.equal(tiny.logits(model), answer)
+    plait.detach(model)
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in base.items())
+
+
+def folder_size(path):
+    return sum(file.stat().st_size for file in path.iterdir() if file.suffix != ".md")
+
+
+def test_files_are_smaller_than_pefts_for_the_same_adapter(tmp_path):
+    """8 bytes an entry against PEFT's 12, and 4 where the seed knows the positions."""
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "up_proj"]
+    base = tiny.llama(hidden_size=96, intermediate_size=128)
+    theirs = peft.get_peft_model(base, peft.ShiraConfig(r=8, target_modules=targets))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    wanted = theirs(input_ids=tiny.batch()["input_ids"]).logits
+    model = tiny.llama(hidden_size=96, intermediate_size=128)
+    adapter = plait.load(model, tmp_path / "theirs")
+    adapter.save(tmp_path / "ours")
+    plait.detach(model)
+    plait.load(model, tmp_path / "ours")
+    torch.testing.assert_close(tiny.logits(model), wanted, rtol=1e-5, atol=1e-4)
+    plait.detach(model)
+    seeded = plait.attach(model, "shira", rank=8, targets=targets)
+    assert seeded.num_parameters() == adapter.num_parameters()
+    seeded.save(tmp_path / "seeded")
+    entries_bytes = 4 * adapter.num_parameters()
+    peft_size = folder_size(tmp_path / "theirs")
+    assert peft_size > 3 * entries_bytes
+    assert folder_size(tmp_path / "ours") < 0.7 * peft_size
+    assert folder_size(tmp_path / "seeded") < 0.36 * peft_size
+
+
+def test_every_mask_of_the_paper_trains_where_its_rule_says():
+    """Rand, Struct, WM, Grad and SNIP: as many entries as asked for, and no two rules agree."""
+    chosen = {}
+    for mask in ("rand", "struct", "wm", "grad", "snip"):
+        model = tiny.llama()
+        start = {"initializer": MaskFromGradient(), "data": [tiny.batch()]}
+        adapter = plait.attach(
+            model,
+            "shira",
+            rank=4,
+            mask=mask,
+            targets=["down_proj"],
+            seed=0,
+            **(start if mask in ("grad", "snip") else {}),
+        )
+        delta = next(iter(adapter.deltas.values()))
+        assert len(delta.indices.unique()) == len(delta.values) <= 4 * sum(delta.site.shape)
+        losses = tiny.losses(model, adapter, steps=6)
+        assert losses[-1] < losses[0]
+        moved = delta.dense().flatten().nonzero().flatten()
+        assert set(moved.tolist()) <= set(delta.indices.tolist())
+        chosen[mask] = frozenset(delta.indices.tolist())
+    assert len(set(chosen.values())) == 5
