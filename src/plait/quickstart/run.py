@@ -47,8 +47,8 @@ class Quickstart:
 
 
 TRAININGS: dict[str, Training] = {
-    "home_en": Training(steps=50),
-    "home_de": Training(steps=50),
+    "home_en": Training(steps=60),
+    "home_de": Training(steps=60),
     "reasoning": Training(steps=40),
 }
 
