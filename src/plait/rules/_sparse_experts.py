@@ -119,12 +119,13 @@ class MosaDelta(Delta):
         if name not in self.ends:
             return self.get_parameter(name)
         start, expert = self.get_buffer(f"{name}_start"), self.active.get(name)
+        positions = self.get_buffer(f"order_{name}")
+        values: list[Tensor] = [
+            self.get_parameter(f"{name}{i}") for i in range(len(self.ends[name]))
+        ]
         if expert is not None and self.training:
-            positions, values = self.positions(name, expert), self.get_parameter(f"{name}{expert}")
-        else:
-            parts = [self.get_parameter(f"{name}{i}") for i in range(len(self.ends[name]))]
-            positions, values = self.get_buffer(f"order_{name}"), torch.cat(parts)
-        return start.flatten().index_copy(0, positions, values).view(start.shape)
+            positions, values = self.positions(name, expert), [values[expert]]
+        return start.flatten().index_copy(0, positions, torch.cat(values)).view(start.shape)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """scale (U gelu(D norm(x) + b_d) + b_u) for x [..., d]."""
