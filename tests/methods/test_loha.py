@@ -9,7 +9,6 @@ from torch import nn
 import plait
 from plait import kernels, testing
 from plait.errors import PlaitError
-from plait.methods._hadamard import hadamard_linear
 from tiny import scramble
 
 RANKS = [1, 2, 4]  # of a 15 x 24 layer: by factors, by dW, and of more than full rank
@@ -120,17 +119,6 @@ def test_the_kit_holds_by_factors_too():
     method = dataclasses.replace(plait.get_method("loha"), example={"rank": 1})
     checks = {"forward_equals_dense", "gradients_are_derivatives", "two_adapters", "loss_falls"}
     assert testing.check_method(method, kinds=["linear"], checks=checks) >= 4
-
-
-def test_second_derivatives_on_the_plain_path():
-    factors = [torch.randn(s, dtype=torch.float64) for s in [(5, 2), (2, 4), (5, 2), (2, 4)]]
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    factors[0].requires_grad_()
-    with kernels.use_reference():
-        y = hadamard_linear(x, None, None, tuple(factors), 0.5)
-        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), factors[0])
-    assert second.abs().max() > 0
 
 
 def test_dropout_acts_in_training_only():

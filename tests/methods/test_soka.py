@@ -6,7 +6,7 @@ from torch import nn
 
 import plait
 from plait.errors import PlaitError
-from plait.methods.soka import SokaOptions, choose_terms
+from plait.methods._kronecker_svd import choose_terms
 from tiny import scramble
 
 ALL = {"terms": 1000, "energy": 1.0, "elbow": False}
@@ -44,16 +44,20 @@ def test_a_truncation_leaves_the_tail_of_the_spectrum():
     torch.testing.assert_close(*norms)  # both factors carry sqrt(sigma)
 
 
+@pytest.mark.parametrize("by_factors", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_start_is_the_base_in_bits_and_its_dw_zero(dtype):
+def test_start_is_the_base_in_bits_and_its_dw_zero(dtype, by_factors, monkeypatch):
     model, delta, _ = make(dtype=dtype, terms=5, elbow=False)
+    monkeypatch.setattr(type(delta), "_by_factors", lambda self, dtype: by_factors)
     x = torch.randn(3, 7, 20).to(dtype)
     assert torch.equal(model(x), delta.site.forward(x))
     assert not delta.dense().any()
 
 
-def test_output_and_gradients_equal_those_of_the_dense_sum():
+@pytest.mark.parametrize("by_factors", [True, False])
+def test_output_and_gradients_equal_those_of_the_dense_sum(by_factors, monkeypatch):
     model, delta, adapter = make(terms=3, elbow=False, energy=1.0)
+    monkeypatch.setattr(type(delta), "_by_factors", lambda self, dtype: by_factors)
     held = kron_sum(delta.held_A, delta.held_B)
     scramble(adapter, 0.5)
     x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
@@ -77,19 +81,17 @@ def test_a_kronecker_product_needs_one_term():
 
 def test_energy_counts_the_whole_weight():
     S = torch.tensor([3.0, 2.0, 1.0])
-    plain = {"terms": 8, "elbow": False}
     for energy, wanted in [(0.1, 1), (0.64, 1), (0.65, 2), (0.92, 2), (0.95, 3)]:
-        assert choose_terms(S, S.square().sum(), SokaOptions(energy=energy, **plain)) == wanted
-    assert choose_terms(S, torch.tensor(100.0), SokaOptions(energy=0.9, **plain)) == 4
+        assert choose_terms(S, S.square().sum(), energy, elbow=False) == wanted
+    assert choose_terms(S, torch.tensor(100.0), 0.9, elbow=False) == 4
 
 
 def test_the_elbow_is_the_point_farthest_below_the_chord():
-    options = SokaOptions(energy=1.0)
     total = torch.tensor(1e9)
-    assert choose_terms(torch.tensor([9.0, 8.0, 1.0, 0.9, 0.8, 0.7]), total, options) == 2
-    assert choose_terms(torch.tensor([9.0, 1.0, 0.9, 0.8]), total, options) == 1
+    assert choose_terms(torch.tensor([9.0, 8.0, 1.0, 0.9, 0.8, 0.7]), total, 1.0, elbow=True) == 2
+    assert choose_terms(torch.tensor([9.0, 1.0, 0.9, 0.8]), total, 1.0, elbow=True) == 1
     for unbent in ([5.0, 4.0, 3.0, 2.0], [5.0, 4.9, 4.0, 1.0], [2.0, 2.0, 2.0]):
-        assert choose_terms(torch.tensor(unbent), total, options) == len(unbent) + 1
+        assert choose_terms(torch.tensor(unbent), total, 1.0, elbow=True) == len(unbent) + 1
 
 
 def test_files_know_how_many_terms_were_chosen(tmp_path):
@@ -104,6 +106,18 @@ def test_files_know_how_many_terms_were_chosen(tmp_path):
     again = plait.load(fresh, tmp_path / "a")
     assert again.deltas["0"].options.terms == delta.options.terms
     torch.testing.assert_close(fresh(x), wanted)
+
+
+def test_wide_layers_with_few_terms_multiply_by_the_factors():
+    _, small, _ = make(terms=1)
+    assert not small._by_factors(torch.float32)
+    model = nn.Sequential(nn.Linear(1024, 1024))
+    wide = plait.attach(model, "soka", terms=1).deltas["0"]
+    assert wide._by_factors(torch.bfloat16)
+    x, kept = torch.randn(2, 1024, requires_grad=True).bfloat16(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
+        wide(x)
+    assert max(kept) <= 2 * 1024
 
 
 def test_count_by_formula():

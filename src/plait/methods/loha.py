@@ -15,17 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, PeftCodec, Site, Traits, per_site
-from plait.adapter.site import base_class
+from plait.adapter import Delta, Method, Options, PeftCodec, Traits, per_site
 from plait.errors import PlaitError
 from plait.linalg import LowRank
-from plait.methods._hadamard import Factors, hadamard, hadamard_linear
+from plait.methods._folded import folded_linear, has_plain_weight
 from plait.methods._lycoris_peft import (
     SETTINGS,
     lycoris_config,
@@ -74,42 +72,41 @@ class LohaDelta(Delta):
         for name in NAMES[:3]:
             self.start(name, "kaiming_uniform")
 
-    def matrices(self) -> Factors:
-        return cast(Factors, tuple(self.get_parameter(name) for name in NAMES))
+    def _matrices(self) -> tuple[Tensor, ...]:
+        return tuple(self.get_parameter(name) for name in NAMES)
 
     def factors(self) -> LowRank | None:
         """The products of all pairs: B [out, r^2], A [r^2, in]."""
         if self.options.rank**2 >= min(self.site.shape):
             return None
-        w1_a, w1_b, w2_a, w2_b = self.matrices()
+        w1_a, w1_b, w2_a, w2_b = self._matrices()
         B = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)
         A = (w1_b[:, None] * w2_b).flatten(0, 1)
         return LowRank(B=B, A=A, scale=self.options.scaling)
 
+    def make(self, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
+        return (w1_a @ w1_b) * (w2_a @ w2_b) * self.options.scaling
+
+    def pull(
+        self, G: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor
+    ) -> tuple[Tensor, ...]:
+        G = G * self.options.scaling
+        first, second = G * (w2_a @ w2_b), G * (w1_a @ w1_b)
+        return first @ w1_b.t(), w1_a.t() @ first, second @ w2_b.t(), w2_a.t() @ second
+
     def dense(self) -> Tensor:
-        return hadamard(self.matrices(), self.options.scaling)
+        return self.make(*self._matrices())
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
-        if self.dropout or self.site.kind == "conv" or not _adds_exactly(self.site, x):
+        if self.dropout or self.site.kind == "conv" or not has_plain_weight(self.site):
             return super().adapt(*args, **kwargs)
-        weight, bias = self.site.weight(), self.site.bias()
-        return hadamard_linear(x, weight, bias, self.matrices(), self.options.scaling)
+        x = args[0] if args else next(iter(kwargs.values()))
+        return folded_linear(x, self, self._matrices(), self.site.weight(), self.site.bias())
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         if self.site.kind == "conv" or self.traits.low_rank:
             return super().forward(x)
-        x = F.dropout(x, self.dropout) if self.dropout else x
-        return hadamard_linear(x, None, None, self.matrices(), self.options.scaling)
-
-
-def _adds_exactly(site: Site, x: Tensor) -> bool:
-    """Whether W + dW keeps dW's digits: half precision would round them away."""
-    plain = base_class(site.base).forward is nn.Linear.forward
-    wide = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(
-        x.device.type
-    )
-    return plain and wide and site.weight().dtype == x.dtype
+        return folded_linear(F.dropout(x, self.dropout), self, self._matrices())
 
 
 METHOD = Method(

@@ -7,8 +7,9 @@ blocks, a Kronecker product has rank 1, so the SVD of W read that way gives the 
 Kronecker products: A_k = sqrt(sigma_k) U_k and B_k = sqrt(sigma_k) V_k (Van Loan, Pitsianis, 1993).
 K is the least of: the terms that hold `energy` of ||W||^2, the elbow of the spectrum, and `terms`.
 The start is held back (saved, not trained) instead of being taken out of W: training begins at the
-base model in bits, and W stays as it is. Nothing of W's size is formed in a step; a token costs
-2 K n p (q + m) multiplications forward.
+base model in bits, and W stays as it is. A step multiplies with the factors where that is cheaper
+(few terms, wide layers); elsewhere it forms W + dW for one product (2 K out in multiplications a
+forward), keeps no dW, and takes three products of W's size where LoRA takes two.
 Paper: Chong, Qu, 2025, arXiv 2506.15251. Parameters: K (m n + p q) a site.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +25,10 @@ from torch.nn import functional as F
 
 from plait.adapter import Delta, Method, Options, Site, per_site
 from plait.errors import PlaitError
-from plait.linalg import randomized_svd
+from plait.methods._folded import folded_linear, has_plain_weight
 from plait.methods._kronecker import kron_apply, kron_blocks, kron_dense
+from plait.methods._kronecker_svd import kronecker_terms
 from plait.methods._modes import near_factors
-
-WINDOW = 32  # leading values in which the elbow is looked for, at least
 
 
 @dataclass(frozen=True)
@@ -73,41 +74,45 @@ class SokaDelta(Delta):
         self.frozen("held_B", K, *large)
 
     def reset(self) -> None:
-        most, (m, n), (p, q) = self.options.shapes(self.site)
-        blocks = kron_blocks(self.base_weight(), m, n)
-        window = min(max(2 * most, WINDOW), *blocks.shape)
-        U, S, Vh = randomized_svd(blocks, window)
-        K = min(choose_terms(S, blocks.square().sum(), self.options), most)
-        self.options = dataclasses.replace(self.options, terms=K)
+        o = self.options
+        most, (m, n), _ = o.shapes(self.site)
+        A, B = kronecker_terms(self.base_weight(), m, n, most, o.energy, o.elbow)
+        self.options = dataclasses.replace(o, terms=len(A))
         self.build()
-        root = S[:K].sqrt()
-        for name in ("A", "held_A"):
-            getattr(self, name).copy_((U[:, :K] * root).t().reshape(K, m, n))
-        for name in ("B", "held_B"):
-            getattr(self, name).copy_((root[:, None] * Vh[:K]).reshape(K, p, q))
+        for name, value in (("A", A), ("held_A", A), ("B", B), ("held_B", B)):
+            getattr(self, name).copy_(value)
+
+    def make(self, A: Tensor, B: Tensor) -> Tensor:
+        return kron_dense(A, B) - kron_dense(self.held_A, self.held_B)
+
+    def pull(self, G: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = kron_blocks(G, A.shape[1], A.shape[2])
+        grad_A = B.flatten(1) @ blocks.t()
+        return grad_A.view_as(A), (A.flatten(1) @ blocks).view_as(B)
+
+    def dense(self) -> Tensor:
+        return self.make(self.A, self.B)
+
+    def _by_factors(self, dtype: torch.dtype) -> bool:
+        # Multiplications a token, forward and backward, of the factors against those that forming
+        # dW adds: g^T x, and in half precision, where W + dW would lose dW, the products with dW.
+        # Small products run at about half the speed of large ones.
+        (K, m, n), (_, p, q) = self.A.shape, self.B.shape
+        formed = 3 if dtype.itemsize < 4 else 1
+        return 2 * 6 * K * n * p * (q + m) < formed * m * n * p * q
+
+    def adapt(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.dropout or self._by_factors(x.dtype) or not has_plain_weight(self.site):
+            return super().adapt(*args, **kwargs)
+        return folded_linear(x, self, (self.A, self.B), self.site.weight(), self.site.bias())
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         x = F.dropout(x, self.dropout) if self.dropout else x
+        if not self._by_factors(x.dtype):
+            return folded_linear(x, self, (self.A, self.B))
         # Two sums of one form, so that they cancel exactly at the start.
         return kron_apply(x, self.A, self.B) - kron_apply(x, self.held_A, self.held_B)
-
-    def dense(self) -> Tensor:
-        return kron_dense(self.A, self.B) - kron_dense(self.held_A, self.held_B)
-
-
-def choose_terms(S: Tensor, total: Tensor, options: SokaOptions) -> int:
-    """The number of terms that `energy` and `elbow` ask for, at least 1.
-
-    S holds the leading singular values, descending; `total` is the sum of all their squares.
-    """
-    enough = int((S.square().cumsum(0) < options.energy * total).sum()) + 1
-    span = S[0] - S[-1]
-    if not options.elbow or len(S) < 3 or not span > 0:
-        return enough
-    chord = 1 - torch.linspace(0, 1, len(S), dtype=S.dtype, device=S.device)
-    below, place = (chord - (S - S[-1]) / span).max(0)
-    # The value at the bend is the first of the flat part. A spectrum above its chord has no bend.
-    return min(enough, max(int(place), 1)) if below > 1e-6 else enough
 
 
 def _count(site: Site, o: SokaOptions) -> int:

@@ -7,7 +7,8 @@ dW = s (U_1 kron U_2) diag(d_1 kron d_2) G diag(d_3 kron d_4) (U_3 kron U_4)^T f
 and G are drawn from the adapter's seed, once for all sites of one shape, and never saved; entries
 of dW have variance 1 / in when all d are 1. A site trains the d_k alone: 1 at the start, the last
 one of the output side 0. The rank of dW reaches the product of the R_k of a side, with their sum
-trained. Nothing of W's size is formed: a token meets one small product a mode, and G.
+trained. Nothing of W's size is formed: a token meets one small product a mode, and G; with all
+R_k = I_k, G is as large as W and costs as much as the base does.
 Paper: Gu et al., 2025, arXiv 2509.03234 (start values and shapes are this file's choice).
 Parameters: the sum of R_k a site.
 """
