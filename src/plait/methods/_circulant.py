@@ -29,13 +29,13 @@ def _blocks(x: Tensor, w: Tensor) -> Tensor:
     """The transform [b / 2 + 1, T, n] of x [..., n b], at least in float32."""
     work = torch.promote_types(x.dtype, w.dtype)
     flat = x.reshape(-1, x.shape[-1] // w.shape[-1], w.shape[-1]).to(work)
-    return torch.fft.rfft(flat).permute(2, 0, 1)
+    return torch.fft.rfft(flat).permute(2, 0, 1).contiguous()  # batches are multiplied one by one
 
 
 def _correlate(X: Tensor, K: Tensor, x: Tensor, b: int) -> Tensor:
     """sum_j K_ij X_j back in the time domain, [..., m b], for K [m, n, b / 2 + 1]."""
-    Y = X @ K.permute(2, 1, 0)
-    return torch.fft.irfft(Y.permute(1, 2, 0), n=b).reshape(*x.shape[:-1], -1)
+    Y = X @ K.permute(2, 1, 0).contiguous()
+    return torch.fft.irfft(Y.permute(1, 2, 0).contiguous(), n=b).reshape(*x.shape[:-1], -1)
 
 
 class _Circulant(Function):

@@ -3,7 +3,7 @@
     y = x (W + dW)^T + b        dx = g (W + dW)        G = g^T x, handed on to dW's parameters
 
 dW is made from its parameters and dropped; backward makes it again, unless W + dW is no larger than
-the x that is kept anyway. A token then costs what it costs the base, and in backward the product G.
+x or y. A token then costs what it costs the base, and in backward the product G.
 In half precision the sum would round dW away: there W and dW are multiplied apart.
 """
 
@@ -79,7 +79,7 @@ class _Folded(Function):
                 flat = inputs.reshape(-1, x.shape[-1])
                 y.view(-1, y.shape[-1]).addmm_(flat, apart.t())
         need_x, trains = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
-        keep = need_x and apart is None and total.numel() <= x.numel()
+        keep = need_x and apart is None and total.numel() <= max(x.numel(), y.numel())
         ctx.save_for_backward(
             inputs if trains else None,
             weight if need_x and not keep else None,

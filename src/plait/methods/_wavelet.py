@@ -1,14 +1,15 @@
-"""One level of a Daubechies wavelet, along the last axis, as a product with its synthesis matrix R.
+"""One level of a Daubechies wavelet along the first axis, a product with its synthesis matrix R.
 
     y[i] = sum_a lo[i + p - 2 a] s[a] + hi[i + p - 2 a] s[h + a]       y [size], s [2 h]
 
 p = L - 2 for filters of length L, 2 h = size + L - 2 made even: ends that only some filters reach
-are cut off. R is never formed: windows of the input are multiplied by a small matrix.
+are cut off. R is never formed: shifted rows are added up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -51,26 +52,53 @@ def padded(size: int, name: str) -> int:
 
 
 def synthesis(s: Tensor, name: str, size: int) -> Tensor:
-    """R s for s [..., 2 h]: [..., size]."""
-    bank = _bank(name, s)
-    taps = len(bank) // 2
-    # Even taps make even outputs and odd taps odd ones, and a window's last entry meets tap 0 or 1.
-    phases = bank.view(taps, 2, 2).flip(0).permute(2, 0, 1).reshape(2 * taps, 2)
-    windows = s.unflatten(-1, (2, -1)).unfold(-1, taps, 1)  # [..., 2, places, taps]
-    pairs = windows.transpose(-3, -2).flatten(-2) @ phases
-    return pairs.flatten(-2)[..., :size]
+    """R s for s [2 h, T]: [size, T]."""
+    lo_hi, halves = filters(name), s.chunk(2)
+    taps = len(lo_hi[0]) // 2
+    count = len(halves[0]) - taps + 1
+    y = s.new_zeros(2 * count, s.shape[1])
+    for filter_, half in zip(lo_hi, halves, strict=True):
+        for t, factor in enumerate(filter_):  # even taps make even outputs, odd taps odd ones
+            first = taps - 1 - t // 2
+            y[t % 2 :: 2].add_(half[first : first + count], alpha=factor)
+    return y[:size]
 
 
 def analysis(x: Tensor, name: str) -> Tensor:
-    """R^T x for x [..., size]: [..., 2 h]."""
-    bank, size = _bank(name, x), x.shape[-1]
-    x = F.pad(x, (len(bank) - 2, padded(size, name) - size))
-    return (x.unfold(-1, len(bank), 2) @ bank).transpose(-2, -1).flatten(-2)
+    """R^T x for x [size, T]: [2 h, T]."""
+    lo_hi, half = filters(name), padded(len(x), name) // 2
+    before = len(lo_hi[0]) - 2
+    x = F.pad(x, (0, 0, before, 2 * half - len(x)))
+    s = x.new_zeros(2 * half, x.shape[1])
+    for filter_, part in zip(lo_hi, s.chunk(2), strict=True):
+        for t, factor in enumerate(filter_):
+            part.add_(x[t::2][:half], alpha=factor)
+    return s
 
 
-def _bank(name: str, like: Tensor) -> Tensor:
-    """[L, 2]: lo and hi."""
-    return torch.tensor(filters(name), dtype=like.dtype, device=like.device).t()
+@dataclass(frozen=True)
+class Wavelets:
+    """R_in^T before and R_out behind the coefficients of a site [out, in]."""
+
+    name: str
+    shape: tuple[int, int]
+
+    def enter(self, x: Tensor) -> Tensor:
+        return analysis(x.t().contiguous(), self.name)
+
+    def leave(self, S: Tensor) -> Tensor:
+        return synthesis(S, self.name, self.shape[0]).t()
+
+    def back_enter(self, g: Tensor) -> Tensor:
+        return analysis(g.t().contiguous(), self.name)
+
+    def back_leave(self, S: Tensor) -> Tensor:
+        return synthesis(S, self.name, self.shape[1]).t()
+
+    def dense(self, C: Tensor) -> Tensor:
+        """R_out C R_in^T [out, in]."""
+        half = synthesis(C, self.name, self.shape[0])
+        return synthesis(half.t(), self.name, self.shape[1]).t()
 
 
 def quarters(flat: Tensor, shape: Sequence[int], size: Sequence[int]) -> Tensor:

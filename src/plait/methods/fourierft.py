@@ -24,10 +24,11 @@ from torch import Tensor
 from plait.adapter import Delta, Method, Options, Traits, per_site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
-from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
-from plait.methods._fourier import Spectrum, make_spectrum, spectral_dense, spectral_linear
+from plait.kernels._gate import plain_path
+from plait.methods._fourier import Spectrum, make_spectrum
 from plait.methods._locations import places, spectrum_codec
 from plait.methods._sparse import has_sparse
+from plait.methods._transformed import transformed_linear
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,20 @@ class FourierftDelta(Delta):
 
     def _plan(self) -> Spectrum:
         """The places folded for the transforms, made again when they have moved."""
-        now = (self.places.device, self.spectrum.dtype)
-        if self._folded is None or self._folded[0] != now:
-            self._folded = (now, make_spectrum(self.places, *self.site.shape, self.spectrum.dtype))
+        device = self.places.device
+        if self._folded is None or self._folded[0] != device:
+            self._folded = (device, make_spectrum(self.places, *self.site.shape))
         return self._folded[1]
 
     def dense(self) -> Tensor:
-        return spectral_dense(self.spectrum * self.options.scaling, self._plan())
+        return self._plan().dense(self.spectrum * self.options.scaling)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         if plain_path(x, self.spectrum) or not has_sparse(x.device):
             return super().forward(x, y)
-        with exact_dtypes(x.device.type):  # transforms know no half precision
-            change = spectral_linear(x, self.spectrum * self.options.scaling, self._plan())
-        return change.to(compute_dtype(x))
+        plan = self._plan()
+        values = plan.values(self.spectrum * self.options.scaling)
+        return transformed_linear(x, values, plan.layout, plan)
 
 
 METHOD = Method(

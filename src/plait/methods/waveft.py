@@ -27,7 +27,8 @@ from plait.errors import PlaitError
 from plait.kernels._gate import plain_path
 from plait.methods._locations import places, spectrum_codec
 from plait.methods._sparse import Layout, has_sparse, make_layout, sparse_linear
-from plait.methods._wavelet import analysis, filters, padded, quarters, synthesis
+from plait.methods._transformed import transformed_linear
+from plait.methods._wavelet import Wavelets, filters, padded, quarters
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,16 @@ class WaveftDelta(Delta):
     options: WaveftOptions
     spectrum: Tensor
     places: Tensor
+    _wavelets: Wavelets | None
 
     def build(self) -> None:
         name, (rows, columns) = self.options.wavelet, self.site.shape
         self.parameter("spectrum", self.options.coefficients)
         drawn = places(self.site, self.options.coefficients, self.options.location_seed)
-        self._size = (rows, columns)
+        self._size, self._wavelets = (rows, columns), None
         if name is not None:
             self._size = (padded(rows, name), padded(columns, name))
+            self._wavelets = Wavelets(name, (rows, columns))
             drawn = quarters(drawn, self.site.shape, self._size)
         self.seeded_value("places", drawn)
         self._pattern: tuple[Any, Layout, Tensor] | None = None
@@ -75,19 +78,16 @@ class WaveftDelta(Delta):
     def dense(self) -> Tensor:
         flat = self.spectrum.new_zeros(self._size[0] * self._size[1])
         C = flat.index_copy(0, self.places, self.spectrum * self.options.scaling).view(self._size)
-        name, (rows, columns) = self.options.wavelet, self.site.shape
-        if name is None:
-            return C
-        return synthesis(synthesis(C, name, columns).t(), name, rows).t()
+        return C if self._wavelets is None else self._wavelets.dense(C)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         if plain_path(x, self.spectrum) or not has_sparse(x.device):
             return super().forward(x, y)
-        name, (layout, order) = self.options.wavelet, self._layout()
-        seen = x if name is None else analysis(x, name)
+        layout, order = self._layout()
         values = (self.spectrum * self.options.scaling)[order]
-        change = sparse_linear(seen, values, layout)
-        return change if name is None else synthesis(change, name, self.site.out_features)
+        if self._wavelets is None:
+            return sparse_linear(x, values, layout)
+        return transformed_linear(x, values, layout, self._wavelets)
 
 
 def _read(config: dict[str, Any]) -> dict[str, Any]:
