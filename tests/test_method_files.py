@@ -53,3 +53,8 @@ def test_it_ends_in_its_record(path: Path) -> None:
     assert isinstance(method, Method)
     assert method.name == path.stem.replace("_", "-")
     assert PAPER.search(method.paper)
+
+
+def test_files_are_short_on_the_whole() -> None:
+    lengths = [len(path.read_text(encoding="utf-8").splitlines()) for path in FILES]
+    assert sum(lengths) / len(lengths) <= 120

@@ -76,7 +76,7 @@ def at_most(value: float, limit: float, what: str) -> Verdict:
 def all_of(*verdicts: Verdict) -> Verdict:
     """A claim with several parts is worth its weakest part."""
     worst = max(verdicts, key=lambda v: [SHOWN, NOT_SHOWN, CONTRADICTED].index(v.outcome))
-    return Verdict(worst.outcome, " ".join(v.reason for v in verdicts))
+    return Verdict(worst.outcome, " ".join(f"({v.outcome}) {v.reason}" for v in verdicts))
 
 
 def _spread(values: Sequence[float]) -> str:
