@@ -99,6 +99,19 @@ def test_inttune_trains_only_the_middle():
     assert delta.scaling == 1.0
 
 
+def test_inttune_moves_by_the_change_of_the_middle_between_the_slices():
+    model, delta, adapter = linear(method="int-tune")
+    W, K = model[0].weight.detach(), delta.R.detach().clone()
+    x = torch.randn(5, 9, dtype=torch.float64)
+    assert torch.equal(model(x), F.linear(x, W, model[0].bias))
+    tiny.scramble(adapter, 0.5)
+    change = W[:, :3] @ (delta.R - K) @ W[:3]
+    torch.testing.assert_close(model(x), F.linear(x, W + change, model[0].bias))
+    assert adapter.to_lora().deltas["0"].rank == 3
+    _, beside, _ = linear(method="int-tune", start=Nystrom(residual=False))
+    torch.testing.assert_close(beside.dense(), W[:, :3] @ K @ W[:3])
+
+
 def test_a_rank_above_the_shorter_side_is_lowered():
     model = tiny.llama()
     adapter = plait.attach(model, "nlora", rank=24)
