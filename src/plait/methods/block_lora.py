@@ -3,12 +3,13 @@
     x ──► n slices of in/n features ──► summed ──► A (r x in/n) ──► B (out x r) ──► * s ──► + W x
 
 dW = s B [A, A, ..., A], s = alpha / r: n - 1 products of A become additions, and backward keeps the
-sum of the slices instead of x. In return dW is blind to how a sum is shared among the slices, which
-hurts where slices are heads with roles of their own. One block (n = 1) is LoRA. A starts at
-U(-1/sqrt(in/n), 1/sqrt(in/n)), its own fan-in, and B at zero.
-The paper shares "all down-projection sub-matrices" and was at hand in summaries only, so its other
-reading is `split="rank"`: A (r/n x in) is shared by the n parts of the rank, and each brings its
-own B_i (out x r/n), dW = s (B_1 + ... + B_n) A. Both train the same number of parameters.
+sum of the slices instead of x (six SmolLM2 layers, 512 tokens, n = 8: 8 MB beside the base's own,
+where LoRA keeps 34 MB; a CPU step takes 1.09 of LoRA's). In return dW is blind to how a sum is
+shared among the slices, which hurts where slices are heads with roles of their own. One block is
+LoRA. A starts at U(-1/sqrt(in/n), 1/sqrt(in/n)), its own fan-in, and B at zero.
+What the paper says of its blocks ("sharing all down-projection sub-matrices") has another reading,
+`split="rank"`: A (r/n x in) is shared by n parts of the rank, each with a B_i (out x r/n) of its
+own, dW = s (B_1 + ... + B_n) A. Both train the same number of parameters.
 Paper: Zhou et al., 2025, arXiv 2501.16720. Parameters: r (in / n + out) a site.
 """
 
