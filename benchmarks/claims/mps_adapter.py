@@ -120,7 +120,7 @@ CLAIM = Claim(
     slug="mps-adapter",
     paper="Chen et al., 2026, arXiv 2601.06788",
     statement="the entanglement entropy of LoRA's updates of q and v has a valley at the cut "
-    "between rows and columns that full tuning's has not, while the attention maps' entropies agree",
+    "between rows and columns that full tuning's has not, while the entropies of attention agree",
     measure=measure,
     judge=judge,
     note="ViT (4 layers of 64) adapted to turned digits; sides of 64 are chains of six two-valued "
