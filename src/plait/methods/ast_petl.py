@@ -29,6 +29,7 @@ from plait.adapter import Delta, Method, Options, Site, per_site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.methods._blocks import FEED_FORWARD, Placement, residual_traits
+from plait.methods._convolution import mix_tokens
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class AstPetlDelta(Delta):
     kinds = frozenset({"module"})
     traits = residual_traits("parallel")
     options: AstPetlOptions
+    batch_scale: Tensor
+    batch_shift: Tensor
+    mean: Tensor
+    variance: Tensor
 
     def build(self) -> None:
         o, d, k = self.options, self.site.out_features, self.options.width(self.site)
@@ -88,40 +93,21 @@ class AstPetlDelta(Delta):
             self.start("depthwise", "kaiming_uniform")
             for name in ("norm_scale", "batch_scale"):
                 torch.nn.init.ones_(self.get_parameter(name))
-            self.get_buffer("variance").fill_(1.0)
+            self.variance.fill_(1.0)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """What is added to the sublayer's output, for x [..., tokens, d]."""
         own = {name: p.to(x.dtype) for name, p in self.named_parameters()}
         if self.options.block == "conformer":
             hidden = F.layer_norm(x, x.shape[-1:], own["norm_scale"], own["norm_shift"])
-            hidden = self._convolve(F.glu(F.linear(hidden, own["down"], own["down_bias"])))
+            hidden = F.glu(F.linear(hidden, own["down"], own["down_bias"]))
+            batch = self.mean, self.variance, self.batch_scale, self.batch_shift
+            hidden = mix_tokens(hidden, own["depthwise"], *batch, training=self.training)
         else:
             hidden = F.gelu(F.linear(x, own["down"], own["down_bias"]))
         change = F.linear(hidden, own["up"], own["up_bias"])
         change = F.dropout(change, self.dropout) if self.dropout else change
         return x + change if self.options.residual else change
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        """Depthwise convolution over the tokens of x [..., tokens, k], batch norm, SiLU."""
-        channels = x.reshape(-1, *x.shape[-2:]).mT
-        size = self.options.kernel
-        kernel = self.get_parameter("depthwise").to(x.dtype)
-        padded = F.pad(channels, ((size - 1) // 2, size // 2))
-        mixed = F.conv1d(padded, kernel, groups=kernel.shape[0])
-        mean, variance = self.get_buffer("mean"), self.get_buffer("variance")
-        # Gradient checkpointing runs this again in backward: the batch must count once.
-        again = torch._C._current_graph_task_id() != -1
-        normal = F.batch_norm(
-            mixed.to(mean.dtype),
-            mean,
-            variance,
-            self.get_parameter("batch_scale"),
-            self.get_parameter("batch_shift"),
-            training=self.training,
-            momentum=0.0 if again else 0.1,
-        )
-        return F.silu(normal).to(x.dtype).mT.reshape(x.shape)
 
 
 def _count(site: Site, o: AstPetlOptions) -> int:
