@@ -60,15 +60,15 @@ class _Mixed(Function):
         (A, B, scale, tall, dtype), shape, x_dtype = ctx.settings
         g = grad.reshape(-1, grad.shape[-1]).to(dtype)
         need_x, *need = ctx.needs_input_grad[:3]
-        grad_x, found = None, (None, None)
+        grad_x = grad_lam = grad_gamma = None
         with exact_dtypes(g.device.type):
             Bt = B.to(dtype)
-            M = mix(A, lam, gamma).to(dtype).mul_(scale) if need_x else None
-            du = g.mm(Bt) if tall else None
-            if M is not None:
-                grad_x = du.mm(M) if tall else g.mm(M.t()).mm(Bt.t())
+            du = g.mm(Bt) if tall else g
+            if need_x:
+                M = mix(A, lam, gamma).to(dtype).mul_(scale)
+                grad_x = du.mm(M) if tall else du.mm(M.t()).mm(Bt.t())
                 grad_x = grad_x.view(shape).to(x_dtype)
             if any(need):
-                G = du.t().mm(kept) if tall else kept.t().mm(g)
-                found = pull_mix(G.to(lam.dtype).mul_(scale), A.to(lam.dtype), lam, gamma)
-        return grad_x, *found, None
+                G = (du.t().mm(kept) if tall else kept.t().mm(du)).to(lam.dtype).mul_(scale)
+                grad_lam, grad_gamma = pull_mix(G, A.to(lam.dtype), lam, gamma)
+        return grad_x, grad_lam, grad_gamma, None

@@ -9,7 +9,7 @@ In half precision the sum would round dW away: there W and dW are multiplied apa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +26,13 @@ from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
 class Change(Protocol):
     """dW as a function of parameters."""
 
-    def make(self, *parameters: Tensor) -> Tensor:
-        """dW [out, in]."""
+    @property
+    def make(self) -> Callable[..., Tensor]:
+        """dW [out, in], from the parameters."""
 
-    def pull(self, G: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the parameters, given that of dW."""
+    @property
+    def pull(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The parameters' gradients, from that of dW and the parameters."""
 
 
 def folded_linear(

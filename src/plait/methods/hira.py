@@ -107,7 +107,7 @@ def _read(delta: Delta, found: PeftSite) -> None:
 
 
 def _write(delta: Delta) -> dict[str, Tensor]:
-    A, B = delta.get_parameter("A"), delta.get_parameter("B")
+    A, B = (dict(delta.own_tensors())[name] for name in "AB")
     if delta.site.kind == "conv":
         kernel = delta.site.details["kernel"]
         A, B = A.reshape(-1, *kernel), B.reshape(*B.shape, *[1] * (len(kernel) - 1))
