@@ -8,7 +8,7 @@ CORES = (3e-3, 1e-2, 3e-2, 1e-1)
 CLAIM = Claim(
     slug="lora-sb",
     paper="Ponkshe et al., 2024, arXiv 2411.19557",
-    statement="LoRA-SB reaches a lower loss than LoRA-XS of the same rank, and than LoRA of over four "
+    statement="LoRA-SB reaches a lower loss than LoRA-XS of the same rank, and than LoRA of four "
     "times its parameters",
     task="digits-vit",
     contenders=(
