@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import GraloraConfig, LoHaConfig, LoKrConfig
-from peft_models import check_both_ways, close, gpt2, llama, loaded_by_peft, logits
+from peft_models import check_both_ways, close, gpt2, llama, loaded_by_peft, logits, peft_model
 from torch import nn
 
 import plait
@@ -49,6 +49,15 @@ def test_gralora_on_gpt2_with_its_transposed_linears(tmp_path):
     check_both_ways(gpt2(), config, tmp_path)
 
 
+def test_of_two_patterns_the_one_that_made_the_tensors_counts(tmp_path):
+    patterns = {".*q_proj": 1, ".*0.self_attn.q_proj": 3}  # PEFT saves them in another order
+    model = peft_model(llama(), LoHaConfig(r=2, target_modules=ALL, rank_pattern=patterns))
+    model.save_pretrained(tmp_path)
+    base = llama()
+    plait.load(base, tmp_path)
+    close(logits(base), logits(model))
+
+
 class Pictures(nn.Module):
     """Two convolutions behind the call that `logits` makes."""
 
@@ -83,8 +92,10 @@ def test_tucker_convolutions_are_refused(tmp_path, config):
 
     given = config(r=1, target_modules=["first"], use_effective_conv2d=True)
     get_peft_model(Pictures(), given).save_pretrained(tmp_path)
-    with pytest.raises(FormatError, match="use_effective_conv2d"):
+    with pytest.raises(FormatError, match=r"_t[12]"):
         plait.load(Pictures(), tmp_path)
+    plain = config(r=1, target_modules=["second"], use_effective_conv2d=True)  # 1 x 1: no Tucker
+    check_both_ways(Pictures().eval(), plain, tmp_path / "plain")
 
 
 def test_sites_are_read_without_the_model_where_the_tensors_tell(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from plait import kernels
-from plait.methods._kronecker import kron_add, kron_apply, kron_blocks, kron_dense
+from plait.methods._kronecker import from_blocks, kron_add, kron_apply, kron_dense, to_blocks
 from plait.methods._modes import near_factors, split_side
 
 SHAPES = [(1, 2, 3, 4, 5), (3, 4, 2, 3, 6), (2, 1, 7, 5, 1)]  # K, m, n, p, q
@@ -52,8 +52,9 @@ def test_only_the_input_is_kept_for_backward():
 
 def test_a_kronecker_product_is_one_row_of_blocks_times_another():
     left, right = factors(1, 4, 2, 3, 6)
-    blocks = kron_blocks(kron_dense(left, right), 4, 2)
+    blocks = to_blocks(kron_dense(left, right), 4, 2)
     torch.testing.assert_close(blocks, left.reshape(-1, 1) @ right.reshape(1, -1))
+    torch.testing.assert_close(from_blocks(blocks, (4, 2), (3, 6)), torch.kron(left[0], right[0]))
 
 
 def test_half_precision_input_keeps_its_dtype():

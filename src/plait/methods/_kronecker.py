@@ -10,6 +10,7 @@ large as x.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,15 +39,23 @@ def kron_add(y: Tensor, x: Tensor, left: Tensor, right: Tensor, scale: float = 1
 
 def kron_dense(left: Tensor, right: Tensor) -> Tensor:
     """sum_k left_k kron right_k [m p, n q], as one product of rank K."""
-    (_, m, n), (_, p, q) = left.shape, right.shape
-    blocks = left.flatten(1).t() @ right.flatten(1)  # [m n, p q]: block (i, j) is a row
-    return blocks.view(m, n, p, q).transpose(1, 2).reshape(m * p, n * q)
+    blocks = left.flatten(1).t() @ right.flatten(1)
+    return from_blocks(blocks, left.shape[1:], right.shape[1:])
 
 
-def kron_blocks(W: Tensor, m: int, n: int) -> Tensor:
-    """The rearrangement R(W) [m n, p q] in which a Kronecker product has rank 1 (Van Loan)."""
+def to_blocks(W: Tensor, m: int, n: int) -> Tensor:
+    """The rearrangement R(W) [m n, p q] whose rows are W's m x n blocks.
+
+    In it a Kronecker product has rank 1 (Van Loan, Pitsianis, 1993).
+    """
     p, q = W.shape[0] // m, W.shape[1] // n
     return W.reshape(m, p, n, q).transpose(1, 2).reshape(m * n, p * q)
+
+
+def from_blocks(blocks: Tensor, small: Sequence[int], large: Sequence[int]) -> Tensor:
+    """The inverse of `to_blocks`, given (m, n) and (p, q): [m p, n q]."""
+    (m, n), (p, q) = small, large
+    return blocks.view(m, n, p, q).transpose(1, 2).reshape(m * p, n * q)
 
 
 def _small(left: Tensor, dtype: torch.dtype) -> Tensor:

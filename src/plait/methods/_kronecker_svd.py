@@ -1,6 +1,6 @@
 """The principal Kronecker terms of a matrix, and how many of them its spectrum asks for.
 
-Read as the matrix of its blocks (`kron_blocks`), a Kronecker product has rank 1, so an SVD of W
+Read as the matrix of its blocks (`to_blocks`), a Kronecker product has rank 1, so an SVD of W
 read that way gives the best sums of Kronecker products (Van Loan, Pitsianis, 1993).
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.linalg import randomized_svd
-from plait.methods._kronecker import kron_blocks
+from plait.methods._kronecker import to_blocks
 
 WINDOW = 32
 """Leading singular values in which a bend is looked for, at least."""
@@ -23,7 +23,7 @@ def kronecker_terms(
 
     K is what `choose_terms` says, at most `most`.
     """
-    blocks = kron_blocks(W, m, n)
+    blocks = to_blocks(W, m, n)
     U, S, Vh = randomized_svd(blocks, min(max(2 * most, WINDOW), *blocks.shape))
     K = min(choose_terms(S, blocks.square().sum(), energy, elbow), most)
     root = S[:K].sqrt()

@@ -66,6 +66,5 @@ LOKR_CODEC = PeftCodec(
     site=_site,
     read=partial_reader(KEYS),
     write=_write,
-    required={"use_effective_conv2d": False},
     settings=(*SETTINGS, "decompose_factor", "decompose_both"),
 )

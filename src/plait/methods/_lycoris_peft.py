@@ -15,15 +15,20 @@ from plait.adapter import Delta, PeftSite
 from plait.adapter.formats.peft_codec import any_transposed, pattern_values
 from plait.errors import FormatError, PlaitError
 
-SETTINGS = ("alpha", "rank_dropout", "module_dropout", "rank_dropout_scale")
-"""Keys of LycorisConfig beside those of every type; the dropouts act in training alone."""
+DROPOUTS = ("rank_dropout", "module_dropout", "rank_dropout_scale")
+SETTINGS = ("alpha", *DROPOUTS, "use_effective_conv2d")
+"""Keys of LycorisConfig beside those of every type. The dropouts act in training alone; where
+use_effective_conv2d makes a difference it shows in tensors t1 and t2, which are refused by name."""
 
 
 def rank_and_alpha(found: PeftSite) -> dict[str, Any]:
     """The options `rank` and `alpha` at a site (of the adapter, where the path is empty)."""
     rank, alpha = found.config.get("r", 8), found.config.get("alpha", 8)
     if found.path:
-        rank = pattern_values(found, "rank_pattern", rank)[0]
+        ranks = pattern_values(found, "rank_pattern", rank)
+        # PEFT sorts the patterns when it saves them, which may put another match first.
+        stored = {len(t) for name, t in found.tensors.items() if name.endswith("_b")}
+        rank = next((r for r in ranks if r in stored), ranks[0])
         alpha = pattern_values(found, "alpha_pattern", alpha)[0]
     return {"rank": int(rank), "alpha": float(alpha)}
 

@@ -124,7 +124,6 @@ METHOD = Method(
         config=lycoris_config,
         read=partial_reader(KEYS),
         write=partial_writer(KEYS),
-        required={"use_effective_conv2d": False},
         settings=SETTINGS,
     ),
 )

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from plait.adapter import Delta, Method, Options, Site, per_site
 from plait.errors import PlaitError
 from plait.methods._folded import folded_linear, has_plain_weight
-from plait.methods._kronecker import kron_apply, kron_blocks, kron_dense
+from plait.methods._kronecker import from_blocks, kron_apply, to_blocks
 from plait.methods._kronecker_svd import kronecker_terms
 from plait.methods._modes import near_factors
 
@@ -83,10 +83,13 @@ class SokaDelta(Delta):
             getattr(self, name).copy_(value)
 
     def make(self, A: Tensor, B: Tensor) -> Tensor:
-        return kron_dense(A, B) - kron_dense(self.held_A, self.held_B)
+        blocks = A.flatten(1).t() @ B.flatten(1) - self.held_A.flatten(1).t() @ self.held_B.flatten(
+            1
+        )
+        return from_blocks(blocks, A.shape[1:], B.shape[1:])
 
     def pull(self, G: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = kron_blocks(G, A.shape[1], A.shape[2])
+        blocks = to_blocks(G, A.shape[1], A.shape[2])
         grad_A = B.flatten(1) @ blocks.t()
         return grad_A.view_as(A), (A.flatten(1) @ blocks).view_as(B)
 
