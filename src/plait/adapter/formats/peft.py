@@ -118,7 +118,7 @@ def check_config(config: Mapping[str, Any], codec: PeftCodec, file: Path) -> Non
 
 def _lacking(codec: PeftCodec, config: Mapping[str, Any]) -> str | None:
     """A key of the configuration that asks for mathematics which the codec's method lacks."""
-    plain = (None, False, [], {})
+    plain: tuple[Any, ...] = (None, False, [], {})
     asked = (k for k, v in codec.required.items() if config.get(k) not in (v, *plain))
     return next(asked, None)
 
