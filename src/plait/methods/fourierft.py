@@ -5,10 +5,9 @@
     x ──rfft──► frequencies of in ──sparse product──► frequencies of out ──irfft──► + W x
 
 The places are drawn from `location_seed` and the same at all sites of one shape. dW is never
-formed: a token costs two transforms and 2 n multiplications, the same again in backward for x,
-and 2 n for c, some 10 (in log in + out log out) + 12 n in all, where forming W + dW leaves 2 in out
-for dW's gradient alone, beside two transforms of W's size a step: at n = 1000 and 1024 tokens that
-is 12 times as much at 768 x 768 and 60 times at 4096 x 4096. Where a device has no sparse products
+formed: a token costs real transforms of x, y, dy, dx and x again and 12 n operations of sparse
+products, at n = 1000 a twelfth (768 x 768) to a sixtieth (4096 x 4096) of what forming W + dW
+costs, whose gradient alone takes 2 in out operations a token. Where a device has no sparse products
 dW is formed. The start is c ~ N(0, 1), as in the paper: near the base model for wide layers, but
 not at it; `start="zeros"` is, and c has a gradient there.
 Paper: Gao et al., 2024, arXiv 2405.03003. Parameters: n a site.
