@@ -11,7 +11,13 @@ from torch import Tensor
 from plait.adapter import Delta, PeftCodec, PeftSite, Site
 from plait.adapter.formats.peft_codec import one_value
 from plait.adapter.site import ConvSite, LinearSite
-from plait.methods._lycoris_peft import SETTINGS, lycoris_config, partial_reader, rank_and_alpha
+from plait.methods._lycoris_peft import (
+    SETTINGS,
+    lycoris_config,
+    partial_reader,
+    partial_writer,
+    rank_and_alpha,
+)
 
 KEYS = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
 
@@ -31,7 +37,7 @@ def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
 
 
 def _write(delta: Delta) -> dict[str, Tensor]:
-    tensors = {KEYS[name]: value for name, value in delta.named_parameters()}
+    tensors = partial_writer(KEYS)(delta)
     if delta.site.kind == "conv" and "lokr_w2" in tensors:
         kernel, w2 = delta.site.details["kernel"], tensors["lokr_w2"]
         tensors["lokr_w2"] = w2.reshape(w2.shape[0], -1, *kernel[1:])

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plait.adapter import Delta, PeftSite
+from plait.adapter import Delta, PeftCodec, PeftSite
 from plait.adapter.formats.peft_codec import any_transposed, pattern_values
 from plait.errors import FormatError, PlaitError
 
@@ -66,3 +66,16 @@ def partial_reader(keys: Mapping[str, str]) -> Callable[[Delta, PeftSite], None]
 def partial_writer(keys: Mapping[str, str]) -> Callable[[Delta], dict[str, Tensor]]:
     """A codec's `write` for the same."""
     return lambda delta: {keys[own]: tensor for own, tensor in delta.named_parameters()}
+
+
+def lycoris_codec(type: str, keys: Mapping[str, str]) -> PeftCodec:
+    """The codec of a method that has LycorisConfig's options alone and tensors of PEFT's shapes."""
+    return PeftCodec(
+        type=type,
+        keys=keys,
+        options=rank_and_alpha,
+        config=lycoris_config,
+        read=partial_reader(keys),
+        write=partial_writer(keys),
+        settings=SETTINGS,
+    )

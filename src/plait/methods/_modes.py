@@ -1,8 +1,14 @@
-"""Sizes of the modes into which a matrix's sides are cut when it is read as a tensor."""
+"""The modes into which a matrix's sides are cut when it is read as a tensor, and products there."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from plait.linalg.entanglement import prime_factors
 
@@ -30,3 +36,21 @@ def near_factors(size: int, wanted: int = -1) -> tuple[int, int]:
     limit = size if wanted < 1 else wanted
     small = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0 and d <= limit)
     return small, size // small
+
+
+def kron_all(tensors: Sequence[Tensor]) -> Tensor:
+    """The Kronecker product of vectors, or of matrices, in their order."""
+    return functools.reduce(lambda a, b: torch.kron(a, b), tensors)
+
+
+def mode_products(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """x [..., prod of old_k] times matrices[k] [new_k, old_k] along each mode k."""
+    lead, rest = x.shape[:-1], 1
+    for M in reversed(matrices):
+        if rest == 1:
+            x = F.linear(x.reshape(-1, M.shape[1]), M)
+        else:
+            x = x.reshape(-1, M.shape[1], rest)
+            x = M.expand(len(x), -1, -1).bmm(x)
+        rest *= M.shape[0]
+    return x.reshape(*lead, rest)

@@ -15,19 +15,17 @@ Parameters: the sum of R_k a site.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from plait.adapter import Delta, Method, Options, SharedTensors, Site, per_site
 from plait.errors import PlaitError
 from plait.linalg import LowRank
-from plait.methods._modes import split_side
+from plait.methods._modes import kron_all, mode_products, split_side
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,11 @@ class TeraOptions(Options):
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.modes < 1:
-            raise PlaitError(f"rank ({self.rank}) and modes ({self.modes}) must be at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise PlaitError(f"dropout must lie in [0, 1), not {self.dropout}.")
+        if min(self.rank, self.modes) < 1 or not 0 <= self.dropout < 1:
+            raise PlaitError(
+                f"rank ({self.rank}) and modes ({self.modes}) must be at least 1, and dropout "
+                f"({self.dropout}) in [0, 1)."
+            )
 
     def sizes(self, site: Site) -> list[tuple[int, int]]:
         """(I_k, R_k) of the output's modes, then of the input's."""
@@ -90,8 +89,8 @@ class TeraDelta(Delta):
     def _side(self, first: int) -> tuple[list[Tensor], Tensor]:
         """The U_k of a side, and the Kronecker product of its d_k."""
         ks = range(first, first + self.options.modes)
-        d = [self.get_parameter(f"d{k}") for k in ks]
-        return [self._shared(f"U{k}") for k in ks], functools.reduce(torch.kron, d)
+        d: list[Tensor] = [self.get_parameter(f"d{k}") for k in ks]
+        return [self._shared(f"U{k}") for k in ks], kron_all(d)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         x = F.dropout(x, self.dropout) if self.dropout else x
@@ -111,22 +110,9 @@ class TeraDelta(Delta):
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         (rows, d_out), (columns, d_in) = self._side(0), self._side(self.options.modes)
-        left, right = (functools.reduce(torch.kron, side) for side in (rows, columns))
+        left, right = (kron_all(side) for side in (rows, columns))
         G = self.options.scaling * d_out[:, None] * self._shared("G") * d_in
         return (left, G @ right.t()) if len(G) <= G.shape[1] else (left @ G, right.t())
-
-
-def mode_products(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """x [..., prod of old_k] times matrices[k] [new_k, old_k] along each mode k."""
-    lead, rest = x.shape[:-1], 1
-    for M in reversed(matrices):
-        if rest == 1:
-            x = F.linear(x.reshape(-1, M.shape[1]), M)
-        else:
-            x = x.reshape(-1, M.shape[1], rest)
-            x = M.expand(len(x), -1, -1).bmm(x)
-        rest *= M.shape[0]
-    return x.reshape(*lead, rest)
 
 
 METHOD = Method(
