@@ -22,7 +22,7 @@ from plait.adapter.routing_context import auxiliary_loss, routing
 from plait.adapter.rows import per_row
 from plait.adapter.rule import Rule, RuleStack, Run, make_group, make_rule, split_group
 from plait.adapter.shared import SharedTensors
-from plait.adapter.site import Site
+from plait.adapter.site import Site, first_input
 from plait.adapter.targets import block_index, find_blocks, find_sites, is_gated_ffn
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "detach",
     "find_blocks",
     "find_sites",
+    "first_input",
     "fuse",
     "get_initializer",
     "get_method",

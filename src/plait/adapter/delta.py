@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from plait.adapter import seeds
 from plait.adapter.context import Context
 from plait.adapter.shared import SharedTensors
-from plait.adapter.site import Site
+from plait.adapter.site import Site, first_input
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 
@@ -144,7 +144,7 @@ class Delta(nn.Module):
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted output: base + change. Override for a faster or a replacing form."""
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         y = self.site.forward(*args, **kwargs)
         return add_change(y, lambda out: self.forward(self.seen(x, out), out))
 

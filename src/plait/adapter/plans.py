@@ -15,15 +15,10 @@ from torch import Tensor, nn
 from plait import kernels
 from plait.adapter.delta import Delta, add_change
 from plait.adapter.siblings import Siblings
-from plait.adapter.site import LinearSite, Site, base_class
+from plait.adapter.site import LinearSite, Site, base_class, first_input
 
 Weight = float | Tensor
 Entry = tuple[Delta, Weight]
-
-
-def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a module was called on; some callers name it: linear(input=x)."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Fused:

@@ -13,7 +13,7 @@ from plait import kernels
 from plait.adapter.activation import base_weights, install_plans, refuse_fused
 from plait.adapter.adapter import Adapter
 from plait.adapter.delta import Delta
-from plait.adapter.plans import first_input
+from plait.adapter.site import first_input
 from plait.adapter.state import get_state
 from plait.errors import PlaitError
 

@@ -15,6 +15,7 @@ Canonical orientation, by kind:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -266,3 +267,8 @@ def make_module_site(path: str, module: nn.Module, width: int) -> ModuleSite:
 def rebuild_site(path: str, kind: str, shape: tuple[int, ...], details: dict[str, Any]) -> Site:
     """A bare site from what a file recorded."""
     return SITE_TYPES[kind](path, tuple(shape), None, dict(details))
+
+
+def first_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was called on; some callers name it: linear(input=x)."""
+    return args[0] if args else next(iter(kwargs.values()))

@@ -125,7 +125,8 @@ class _LoraGroup(Function):
         fold, keep = fold_plan(inputs, weights, As, drop)
         with exact_dtypes(x.device.type):
             if fold:
-                outputs, u, totals = _folded(inputs, weights, biases, As, Bs, scales)
+                outputs, stacked_u, totals = _folded(inputs, weights, biases, As, Bs, scales)
+                u: Tensor | None = stacked_u
                 weights = totals if keep else weights
             else:
                 outputs, u = _products(inputs, weights, biases, As, Bs, scales, drop)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plait import kernels
-from plait.adapter import Delta, Method, PairOptions, Site, Traits, per_site
+from plait.adapter import Delta, Method, PairOptions, Site, Traits, first_input, per_site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.linalg import LowRank
@@ -81,7 +81,7 @@ class BlockLoraDelta(Delta):
         return x.unflatten(-1, (self.options.blocks, -1)).sum(-2)
 
     def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = first_input(args, kwargs)
         y = self.site.forward(x)
         return kernels.lora_add(y, self._summed(x), self.A, self.B, self.options.scaling)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapter import Delta, Method, Options, Site, Traits, per_site
+from plait.adapter import Delta, Method, Options, Site, Traits, first_input, per_site
 from plait.errors import PlaitError
 from plait.methods._boft_peft import BOFT
 from plait.methods._rescale import rescale
@@ -93,7 +93,7 @@ class BoftDelta(Delta):
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         if self.site.kind == "conv":
             return super().adapt(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         stretch, bias = self.s - 1, self.site.bias()
         y = rescale(self.site.forward(rotate(x, self.change())), stretch)
         return y if bias is None else y - (stretch * bias).to(y.dtype)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, PeftCodec, Site, Traits, per_site
+from plait.adapter import Delta, Method, Options, PeftCodec, Site, Traits, first_input, per_site
 from plait.adapter.formats.peft_codec import one_value
 from plait.adapter.method import PeftSite
 from plait.errors import PlaitError
@@ -72,7 +72,7 @@ class BoneDelta(Delta):
         self.parameter("D", *self.options.shape(self.site))
 
     def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = first_input(args, kwargs)
         seen = F.dropout(x, self.options.dropout, self.training)
         if self.options.variant == "bat":
             if seen is not x:

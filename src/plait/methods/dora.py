@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from plait import kernels
 from plait.adapter import Method, PairDelta, PairOptions, Site, Traits, add_change, per_site
 from plait.adapter.formats.peft_codec import pair_codec
-from plait.adapter.site import LinearSite, base_class
+from plait.adapter.site import LinearSite, base_class, first_input
 from plait.linalg import LowRank
 from plait.linalg.precision import accumulator_dtype
 from plait.methods._rescale import rescale
@@ -106,7 +106,7 @@ class DoraDelta(PairDelta):
         return stretch * (base + change) + change
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         if self.dropout or not _is_plain_linear(self.site):
             y = self.site.forward(*args, **kwargs)
             return add_change(y, lambda out: self.forward(x, out))

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plait import kernels
-from plait.adapter import Delta, Method, Options, per_site
+from plait.adapter import Delta, Method, Options, first_input, per_site
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.methods._gralora_peft import GRALORA_CODEC
@@ -76,7 +76,7 @@ class GraloraDelta(Delta):
             self.start("A_all", "kaiming_uniform")
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         return self._add(self.site.forward(*args, **kwargs), x)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, PeftCodec, Traits, per_site
+from plait.adapter import Delta, Method, Options, PeftCodec, Traits, first_input, per_site
 from plait.adapter.formats.peft_codec import any_transposed, one_value
 from plait.adapter.method import PeftSite
 from plait.errors import PlaitError
@@ -82,7 +82,7 @@ class HiraDelta(Delta):
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         if self.site.kind != "linear" or self.dropout or not has_plain_weight(self.site):
             return super().adapt(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         return folded_linear(x, self, (self.A, self.B), self.site.weight(), self.site.bias())
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapter import Delta, Method, Options, PeftCodec, Site, Traits, per_site
+from plait.adapter import Delta, Method, Options, PeftCodec, Site, Traits, first_input, per_site
 from plait.adapter.build import site_matches
 from plait.adapter.formats.peft_codec import any_transposed
 from plait.adapter.method import PeftSite
@@ -81,7 +81,7 @@ class Ia3Delta(Delta):
         if self.site.kind == "conv":
             return super().adapt(*args, **kwargs)
         if self.feedforward:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_input(args, kwargs)
             return self.site.forward(rescale(x, self.l - 1))
         return rescale(self.site.forward(*args, **kwargs), self.l - 1)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, Site, per_site
+from plait.adapter import Delta, Method, Options, Site, first_input, per_site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.linalg import LowRank
@@ -100,7 +100,7 @@ class LokrDelta(Delta):
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         if self.site.kind == "conv":
             return super().adapt(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         y = self.site.forward(*args, **kwargs)
         return kron_add(y, *self._operands(x), self.options.scaling)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plait.adapter import Delta, Method, Options, Site, Traits, per_site
+from plait.adapter import Delta, Method, Options, Site, Traits, first_input, per_site
 from plait.errors import PlaitError
 from plait.methods._oft_peft import OFT
 from plait.methods._rotations import blockwise, cayley, nearest_divisor, rotate, skew
@@ -104,7 +104,7 @@ class OftDelta(Delta):
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         if self.site.kind == "conv":  # patches overlap: there W is rotated, at in b out operations
             return super().adapt(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         return self.site.forward(rotate(x, self.change()))
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, Traits, per_site
+from plait.adapter import Delta, Method, Options, Traits, first_input, per_site
 from plait.errors import PlaitError
 from plait.kernels._gate import plain_path
 from plait.linalg import LowRank
@@ -109,7 +109,7 @@ class PacaDelta(Delta):
         return (wide + self.options.scaling * self.P).to(self.original.dtype)
 
     def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = first_input(args, kwargs)
         if self.original is None:  # W has been lent back to the base for a while
             return super().adapt(x)
         weight, bias = self.site.weight(), self.site.bias()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, SharedTensors, Site, per_site
+from plait.adapter import Delta, Method, Options, SharedTensors, Site, first_input, per_site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.methods._bases import mix, mixed_linear, pull_mix
@@ -127,7 +127,7 @@ class RandloraDelta(Delta):
         return folded_linear(x, self, (self.lam, self.gamma))
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         if self.dropout or self._few(x) or not has_plain_weight(self.site):
             return super().adapt(*args, **kwargs)
         parameters = (self.lam, self.gamma)

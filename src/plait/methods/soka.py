@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, Site, per_site
+from plait.adapter import Delta, Method, Options, Site, first_input, per_site
 from plait.errors import PlaitError
 from plait.methods._folded import folded_linear, has_plain_weight
 from plait.methods._kronecker import from_blocks, kron_apply, to_blocks
@@ -105,7 +105,7 @@ class SokaDelta(Delta):
         return 2 * 6 * K * n * p * (q + m) < formed * m * n * p * q
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         if self.dropout or self._by_factors(x.dtype) or not has_plain_weight(self.site):
             return super().adapt(*args, **kwargs)
         return folded_linear(x, self, (self.A, self.B), self.site.weight(), self.site.bias())

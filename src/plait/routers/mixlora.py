@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapter import Context, Delta, Method, PairDelta, PairOptions, Site, Traits, find_sites
+from plait.adapter.site import first_input
 from plait.errors import PlaitError
 from plait.routers._ffn_experts import FfnExperts, expert_parameters, ffn_sizes
 from plait.routers._policy import Policy, TopK, TopP, balance_loss, recorded, route
@@ -92,7 +93,7 @@ class MixLoraDelta(FfnExperts):
         super().reset()
 
     def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = first_input(args, kwargs)
         routing = route(self, x, self.options.policy)
         return self.mixture(x, routing, sums_to_one=self.options.renormalizes)
 

@@ -22,16 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import (
-    Context,
-    Delta,
-    Method,
-    PairOptions,
-    SharedTensors,
-    Site,
-    Traits,
-    block_index,
-)
+from plait.adapter import Context, Delta, Method, PairOptions, SharedTensors, Site, Traits
+from plait.adapter.site import first_input
+from plait.adapter.targets import block_index
 from plait.errors import PlaitError
 from plait.routers._layers import Layer, layers_of, spread
 from plait.routers._policy import TopK, balance_loss, recorded, route
@@ -104,7 +97,7 @@ class MolaDelta(Delta):
         return F.linear(hidden, self.B.flatten(1).to(hidden.dtype))
 
     def adapt(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x: Tensor = first_input(args, kwargs)
         y = self.site.forward(x)
         hidden = self._gated(x).to(y.dtype)
         B = self.B.flatten(1).to(y.dtype)

@@ -20,8 +20,8 @@ from plait.errors import FormatError, PlaitError
 from plait.rules._triplets import TripletDelta
 
 KEYS = {"A": "lora_A", "B": "lora_B", "e": "lora_E"}
-SETTINGS = ("init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2")
-SETTINGS += ("orth_reg_weight",)
+SCHEDULE = ("init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT")
+SETTINGS = (*SCHEDULE, "beta1", "beta2", "orth_reg_weight")
 _TINY = 1e-5
 """What PEFT adds to the rank that it divides by."""
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.adapter.site import ConvSite, LinearSite, Site
+from plait.adapter.site import ConvSite, LinearSite, Site, first_input
 from plait.errors import PlaitError
 from plait.statistics.frozen import frozen, to_device
 from plait.statistics.progress import track
@@ -97,7 +97,7 @@ class _Watch:
 
     def hook(self, site: Site) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_input(args, kwargs)
             group = self.groups.get(site.path)
             if group is None:
                 group = self.groups[site.path] = self._join(site, x)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from plait.adapter.site import LinearSite, Site
+from plait.adapter.site import LinearSite, Site, first_input
 from plait.errors import PlaitError
 from plait.statistics.frozen import frozen, shifts_labels, to_device
 from plait.statistics.progress import track
@@ -128,7 +128,7 @@ class _Recorder:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():  # the dry pass of reentrant checkpointing
                 return output
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = first_input(args, kwargs).detach()
             version = x._version
             if not output.requires_grad:
                 # Nothing below trains, so the graph starts here. A copy, since the model may write
