@@ -86,6 +86,19 @@ def test_energy_counts_the_whole_weight():
     assert choose_terms(S, torch.tensor(100.0), 0.9, elbow=False) == 4
 
 
+def test_a_half_precision_adapter_chooses_as_a_full_one_does():
+    chosen = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(96, 96)).bfloat16()
+        adapter = plait.attach(
+            model, "soka", terms=64, energy=0.6, elbow=False, dtype=dtype, seed=2
+        )
+        chosen.append(adapter.deltas["0"].options.terms)
+        assert not adapter.deltas["0"].dense().any()
+    assert chosen[0] == chosen[1] < 64
+
+
 def test_the_elbow_is_the_point_farthest_below_the_chord():
     total = torch.tensor(1e9)
     assert choose_terms(torch.tensor([9.0, 8.0, 1.0, 0.9, 0.8, 0.7]), total, 1.0, elbow=True) == 2

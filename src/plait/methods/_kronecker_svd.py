@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plait.linalg import randomized_svd
+from plait.linalg.precision import working_dtype
 from plait.methods._kronecker import to_blocks
 
 WINDOW = 32
@@ -21,9 +22,9 @@ def kronecker_terms(
 ) -> tuple[Tensor, Tensor]:
     """A [K, m, n] and B [K, p, q], both carrying sqrt(sigma_k), with W ~ sum_k A_k kron B_k.
 
-    K is what `choose_terms` says, at most `most`.
+    K is what `choose_terms` says, at most `most`. In working precision (float32 or float64).
     """
-    blocks = to_blocks(W, m, n)
+    blocks = to_blocks(W, m, n).to(working_dtype(W.dtype))
     U, S, Vh = randomized_svd(blocks, min(max(2 * most, WINDOW), *blocks.shape))
     K = min(choose_terms(S, blocks.square().sum(), energy, elbow), most)
     root = S[:K].sqrt()
