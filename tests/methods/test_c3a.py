@@ -97,3 +97,10 @@ def test_half_precision_is_computed_in_float32():
     assert got.dtype == torch.bfloat16
     wanted = F.linear(x.float(), delta.dense())
     torch.testing.assert_close(got.float(), wanted, rtol=5e-3, atol=1e-5)
+
+
+def test_the_block_follows_each_site_where_none_is_given():
+    model = nn.Sequential(nn.Linear(576, 192), nn.Linear(192, 640))
+    adapter = plait.attach(model, "c3a", targets="all-linear", seed=0)
+    assert [d.w.shape[-1] for d in adapter.deltas.values()] == [192, 64]
+    assert adapter.num_parameters() == 576 * 192 // 192 + 192 * 640 // 64

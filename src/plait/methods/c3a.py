@@ -6,7 +6,7 @@ dW = C / in, where block (i, j) of C is circulant: C_ij[p, q] = w[i, j, (q - p) 
 [out / b, in / b, b]. A block has rank up to b at the price of b numbers, so rank and parameters are
 set apart. No dW exists: a token costs transforms of in and out numbers and in * out / (2 b) complex
 multiplications, as much again in backward for x, and as much for w; backward keeps x alone.
-b must divide both sides of every site. The start is U(-1, 1) sqrt(6 / (in + out)) as in PEFT, near
+b divides both sides of a site. The start is U(-1, 1) sqrt(6 / (in + out)) as in PEFT, near
 the base model but not at it; `start="zeros"` is at it and learns as well, dW being linear in w.
 Paper: Chen et al., 2024, arXiv 2407.19342. Parameters: in out / b a site.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, PeftCodec, Traits, per_site
+from plait.adapter import Delta, Method, Options, PeftCodec, Site, Traits, per_site
 from plait.adapter.choices import check_choices
 from plait.adapter.formats.peft_codec import any_transposed
 from plait.adapter.method import PeftSite
@@ -33,8 +33,9 @@ from plait.methods._circulant import circulant_linear
 
 @dataclass(frozen=True)
 class C3aOptions(Options):
-    block: int = 256
-    """Size b of a block; must divide both sides of every site. Larger means fewer parameters."""
+    block: int | None = None
+    """Size b of a block, a divisor of both sides of every site. None takes
+    each site's largest divisor up to 256 (PEFT's default). Larger means fewer parameters."""
     start: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"] = "xavier_uniform"
     """Distribution of w at the start."""
     dropout: float = 0.0
@@ -42,11 +43,18 @@ class C3aOptions(Options):
 
     def __post_init__(self) -> None:
         check_choices(self, "c3a")
-        if self.block < 1 or not 0 <= self.dropout < 1:
+        if (self.block is not None and self.block < 1) or not 0 <= self.dropout < 1:
             raise PlaitError(
                 f"block must be at least 1 and dropout lie in [0, 1), not {self.block} and "
                 f"{self.dropout}."
             )
+
+    def size(self, site: Site) -> int:
+        """b at a site."""
+        if self.block is not None:
+            return self.block
+        common = math.gcd(*site.shape)
+        return max(b for b in range(1, 257) if common % b == 0)
 
 
 class C3aDelta(Delta):
@@ -55,7 +63,7 @@ class C3aDelta(Delta):
     w: Tensor
 
     def build(self) -> None:
-        (rows, columns), b = self.site.shape, self.options.block
+        (rows, columns), b = self.site.shape, self.options.size(self.site)
         if rows % b or columns % b:
             raise PlaitError(
                 f"block={b} does not divide both sides of {self.site.path!r} ({rows} x {columns}); "
@@ -75,8 +83,8 @@ class C3aDelta(Delta):
                 self.w.mul_(math.sqrt(6 / (rows + columns) if xavier else 1 / columns))
 
     def dense(self) -> Tensor:
-        place = torch.arange(self.options.block, device=self.w.device)
-        blocks = self.w[:, :, (place - place[:, None]) % self.options.block]  # [i, j, p, q]
+        place = torch.arange(self.w.shape[-1], device=self.w.device)
+        blocks = self.w[:, :, (place - place[:, None]) % len(place)]  # [i, j, p, q]
         return blocks.transpose(1, 2).reshape(self.site.shape) / self.site.in_features
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -91,7 +99,7 @@ def _options(found: PeftSite) -> dict[str, Any]:
 def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
     if any_transposed(deltas):
         raise PlaitError("PEFT's C3A acts on nn.Linear only; save in Plait's format.")
-    blocks = {path: d.options.block for path, d in deltas.items()}
+    blocks = {path: d.options.size(d.site) for path, d in deltas.items()}
     block = Counter(blocks.values()).most_common(1)[0][0]
     others = {path: b for path, b in blocks.items() if b != block}
     return {"block_size": block, "block_size_pattern": others}
@@ -104,7 +112,7 @@ METHOD = Method(
     axis="parameterisation",
     options=C3aOptions,
     delta=C3aDelta,
-    count=per_site(lambda site, o: math.prod(site.shape) // o.block),
+    count=per_site(lambda site, o: math.prod(site.shape) // o.size(site)),
     peft=PeftCodec(
         type="C3A",
         keys={"w": "c3a_kernel"},
