@@ -123,3 +123,15 @@ def test_counts_and_training():
     assert adapter.num_parameters() == adapter.method.count(sites, adapter.options) == wanted
     losses = tiny.losses(model, adapter, lr=3e-2)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_autocast_does_not_loosen_the_chain():
+    model, delta, adapter = linear(shape=(64, 32), dtype=torch.float32)
+    tiny.scramble(adapter, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = delta.factors()
+    inside = inside.dense()
+    torch.testing.assert_close(inside, delta.dense())
+    moved = (model[0].weight + inside).detach().double()
+    W = model[0].weight.detach().double()
+    torch.testing.assert_close(moved @ moved.T, W @ W.T, atol=1e-5, rtol=1e-4)

@@ -148,3 +148,11 @@ def test_training():
     adapter = plait.attach(model, "oft", block_size=8, seed=0)
     losses = tiny.losses(model, adapter)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_autocast_does_not_loosen_the_rotations():
+    for options in ({"terms": None}, {"terms": 6}):
+        _, delta, _ = linear(dtype=torch.float32, **options)
+        wanted = delta.change()
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(delta.change(), wanted, rtol=0, atol=0)

@@ -72,6 +72,14 @@ def test_backward_keeps_no_input():
     assert max(shape.numel() for shape in kept) <= 4 * 100
 
 
+def test_autocast_does_not_round_what_is_left_of_the_start():
+    _, delta, adapter = linear(dtype=torch.float32)
+    tiny.scramble(adapter, 1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = delta.factors().B
+    torch.testing.assert_close(inside, delta.B @ delta.S - delta.H)
+
+
 @pytest.mark.parametrize(("rank", "last"), [(4, 6), (5, 3), (32, 90), (3, 1)])
 def test_the_schedule_is_the_papers(rank, last):
     model, _ = adapted()

@@ -43,12 +43,13 @@ def cayley(Q: Tensor, terms: int | None = None) -> Tensor:
     (I - Q^(terms - 1)) R.
     """
     wide = Q.to(torch.promote_types(Q.dtype, torch.float32))  # there is no solver in half precision
-    if terms is None:
-        eye = torch.eye(Q.shape[-1], dtype=wide.dtype, device=Q.device)
-        return torch.linalg.solve(eye - wide, 2 * wide).to(Q.dtype)
-    total = wide
-    for _ in range(terms - 2):
-        total = wide @ total + 2 * wide
+    with exact_dtypes(Q.device.type):
+        if terms is None:
+            eye = torch.eye(Q.shape[-1], dtype=wide.dtype, device=Q.device)
+            return torch.linalg.solve(eye - wide, 2 * wide).to(Q.dtype)
+        total = wide
+        for _ in range(terms - 2):
+            total = wide @ total + 2 * wide
     return total.to(Q.dtype)
 
 
@@ -66,7 +67,8 @@ def butterfly(C: Tensor) -> Tensor:
             places = torch.arange(width, device=C.device).view(-1, 2, 1 << i, size // 2)
             back = places.transpose(1, 2).flatten().argsort()
             factor = factor.index_select(1, back).index_select(2, back)
-        total = factor if total is None else total + factor + total @ factor
+        with exact_dtypes(C.device.type):
+            total = factor if total is None else total + factor + total @ factor
     assert total is not None
     return total
 

@@ -5,9 +5,9 @@
 W' = W H_1 .. H_r keeps the angles between the rows of W, their lengths and W's singular values. The
 chain is I - U T U^T for unit columns U [in, r] and an upper triangular T [r, r] (the compact WY
 form: T^-1 is I / 2 plus what of U^T U lies above its diagonal), so that dW = -(W U T) U^T has rank
-r and rides the fused product: one product W U beside LoRA's, and no [in, in] matrix. Equal
-neighbours u_1 = u_2, u_3 = u_4, .. cancel, which is the start for an even r. With `orthogonal` the
-u_i are made orthonormal: W' = W (I - 2 U U^T), which no start makes W.
+r and rides the fused product: one product W U a forward beside LoRA's (fuse before generating), and
+no [in, in] matrix. Equal neighbours u_1 = u_2, u_3 = u_4, .. cancel, which is the start for an even
+r. With `orthogonal` the u_i are made orthonormal: W' = W (I - 2 U U^T), which no start makes W.
 Paper: Yuan et al., 2024, arXiv 2405.17484. Parameters: r in a site.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from plait.adapter import Context, Delta, Method, Options, PeftCodec, Traits, per_site
 from plait.adapter.formats.peft_codec import one_value
 from plait.errors import PlaitError
+from plait.kernels._gate import exact_dtypes
 from plait.linalg import LowRank
 from plait.methods._peft_plain import refuse_transposed
 
@@ -61,16 +62,25 @@ class HraDelta(Delta):
             self.U[:, 1::2] = self.U[:, ::2]
 
     def factors(self) -> LowRank:
-        W = self.site.weight().detach()
-        if self.options.orthogonal:
-            Q = torch.linalg.qr(self.U).Q
-            return LowRank(B=(W @ Q.to(W.dtype)).to(Q.dtype), A=Q.t(), scale=-2.0)
+        with exact_dtypes(self.U.device.type):  # autocast would round T, and break the reflections
+            return self._orthogonal() if self.options.orthogonal else self._chain()
+
+    def _orthogonal(self) -> LowRank:
+        Q = torch.linalg.qr(self.U).Q
+        return LowRank(B=self._through_base(Q), A=Q.t(), scale=-2.0)
+
+    def _chain(self) -> LowRank:
         U, gram = self._unit()
-        # Only what lies above the diagonal is read: the reflections' order.
+        # Only what lies above the diagonal is read: the order of the reflections.
         inverse = gram.triu(1) + 0.5 * torch.eye(len(gram), dtype=U.dtype, device=U.device)
-        product = (W @ U.to(W.dtype)).to(U.dtype)
+        product = self._through_base(U)
         B = torch.linalg.solve_triangular(inverse, product, upper=True, left=False)
         return LowRank(B=B, A=U.t(), scale=-1.0)
+
+    def _through_base(self, U: Tensor) -> Tensor:
+        """W U [out, r], in W's precision."""
+        W = self.site.weight().detach()
+        return (W @ U.to(W.dtype)).to(U.dtype)
 
     def _unit(self) -> tuple[Tensor, Tensor]:
         """U with unit columns, and U^T U."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from plait.adapter import PairDelta, PairOptions, Site, Traits
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
+from plait.kernels._gate import exact_dtypes
 from plait.linalg import LowRank, randomized_svd
 
 
@@ -66,7 +67,8 @@ class SandwichDelta(PairDelta):
         self.register_buffer("H", (self.B @ self.S).detach().clone())
 
     def factors(self) -> LowRank:
-        B = self.B @ self.S
+        with exact_dtypes(self.B.device.type):  # the difference below is small beside its terms
+            B = self.B @ self.S
         if "H" in self._buffers:
             B = B - self.get_buffer("H")
         return LowRank(B=B, A=self.A, scale=self.scaling)
