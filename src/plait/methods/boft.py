@@ -6,7 +6,7 @@ y = s * (x R) W^T, so W' = diag(s) W R^T, with R = F_m .. F_1. F_1 rotates block
 blocks of two halves that lie b 2^(i - 2) features apart: R mixes b 2^(m - 1) features, for which
 one block of OFT would need 2^(m - 1) / m times the numbers or more. Rotations are Cayley's, of skew
 matrices that start at 0; s [out] starts at 1. The factors are multiplied out to R's blocks first,
-at in m (b 2^m)^2 / 2^m operations whatever the batch; then inputs are rotated as by OFT.
+at 2 in (m - 1) (b 2^(m - 1))^2 operations whatever the batch; then inputs are rotated as by OFT.
 Two active adapters add their changes; a product of rotations is their fusion one after the other.
 Paper: Liu et al., 2023, arXiv 2311.06243. Parameters: m in (b - 1) / 2 + out a site.
 """
