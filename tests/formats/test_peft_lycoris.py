@@ -1,5 +1,6 @@
 """LoHa, LoKr and GraLoRA both ways, with PEFT itself as the oracle."""
 
+import math
 import warnings
 
 import pytest
@@ -61,41 +62,53 @@ def test_of_two_patterns_the_one_that_made_the_tensors_counts(tmp_path):
 class Pictures(nn.Module):
     """Two convolutions behind the call that `logits` makes."""
 
-    def __init__(self):
+    def __init__(self, dimensions=2):
         super().__init__()
         torch.manual_seed(1)
-        self.first = nn.Conv2d(4, 6, 3, padding=1)
-        self.second = nn.Conv2d(6, 8, 1)
+        conv = nn.Conv1d if dimensions == 1 else nn.Conv2d
+        self.shape = (2, 4, *[5] * dimensions)
+        self.first = conv(4, 6, 3, padding=1)
+        self.second = conv(6, 8, 1)
 
     def forward(self, ids):
-        x = torch.sin(torch.arange(2 * 4 * 25).view(2, 4, 5, 5).float())
+        x = torch.sin(torch.arange(math.prod(self.shape)).view(self.shape).float())
         y = self.second(torch.tanh(self.first(x)))
         return type("Output", (), {"logits": y})
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "dimensions"),
     [
-        LoHaConfig(r=2, target_modules=["first", "second"]),
-        LoKrConfig(r=1, target_modules=["first", "second"]),
-        LoKrConfig(r=100, target_modules=["first", "second"]),
+        (LoHaConfig(r=2, target_modules=["first", "second"]), 2),
+        (LoHaConfig(r=2, target_modules=["first", "second"]), 1),
+        (LoKrConfig(r=1, target_modules=["first", "second"]), 2),
+        (LoKrConfig(r=1, target_modules=["first", "second"]), 1),
+        (LoKrConfig(r=100, target_modules=["first", "second"]), 2),
     ],
-    ids=["loha", "lokr", "lokr full"],
+    ids=["loha", "loha 1d", "lokr", "lokr 1d", "lokr full"],
 )
-def test_convolutions(tmp_path, config):
-    check_both_ways(Pictures().eval(), config, tmp_path)
+def test_convolutions(tmp_path, config, dimensions):
+    check_both_ways(Pictures(dimensions).eval(), config, tmp_path)
 
 
-@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig])
-def test_tucker_convolutions_are_refused(tmp_path, config):
-    from peft import get_peft_model
+@pytest.mark.parametrize(
+    ("config", "dimensions"), [(LoHaConfig, 1), (LoHaConfig, 2), (LoKrConfig, 2)]
+)  # PEFT's own LoKr fails on a core over one dimension
+def test_tucker_convolutions(tmp_path, config, dimensions):
+    given = config(r=1, target_modules=["first", "second"], use_effective_conv2d=True)
+    adapter = check_both_ways(Pictures(dimensions).eval(), given, tmp_path)
+    cores = {p for p, d in adapter.deltas.items() if {"t1", "t2"} & {n for n, _ in d.own_tensors()}}
+    assert cores == {"first"}  # a 1 x 1 kernel has none
 
-    given = config(r=1, target_modules=["first"], use_effective_conv2d=True)
-    get_peft_model(Pictures(), given).save_pretrained(tmp_path)
-    with pytest.raises(FormatError, match=r"_t[12]"):
-        plait.load(Pictures(), tmp_path)
-    plain = config(r=1, target_modules=["second"], use_effective_conv2d=True)  # 1 x 1: no Tucker
-    check_both_ways(Pictures().eval(), plain, tmp_path / "plain")
+
+def test_lokr_s_full_factor_in_one_dimension_is_another_change_there(tmp_path):
+    given = LoKrConfig(r=100, target_modules=["first"])
+    peft_model(Pictures(1), given).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(FormatError, match="one-dimensional"):
+        plait.load(Pictures(1), tmp_path / "theirs")
+    ours = plait.attach(Pictures(1), "lokr", targets=["first"], rank=100)
+    with pytest.raises(FormatError, match="one-dimensional"):
+        ours.save(tmp_path / "ours", format="peft")
 
 
 def test_sites_are_read_without_the_model_where_the_tensors_tell(tmp_path):

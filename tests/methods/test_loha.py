@@ -115,6 +115,28 @@ def test_convolution(rank):
     torch.testing.assert_close(model(x), wanted)
 
 
+@pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv2d])
+def test_a_tucker_kernel(convolution):
+    torch.manual_seed(1)
+    model = nn.Sequential(convolution(4, 6, 3, padding=1)).double()
+    adapter = plait.attach(model, "loha", targets="all-conv", rank=2, tucker=True, seed=2)
+    weight, delta = model[0].weight, adapter.deltas["0"]
+    x = torch.randn(2, 4, *[5] * (weight.dim() - 2), dtype=torch.float64)
+    assert torch.equal(model(x), delta.site.forward(x))
+    scramble(adapter, 0.5)
+    rows, channels, area = 6, 4, weight[0, 0].numel()
+    assert adapter.num_parameters() == 2 * (2 * 2 * area + 2 * (rows + channels))
+    factors = []
+    for t, a, b in (("t1", "w1_a", "w1_b"), ("t2", "w2_a", "w2_b")):
+        t, a, b = (delta.get_parameter(name) for name in (t, a, b))
+        t = t.flatten(2)
+        kernels_ = [a.t() @ t[:, :, k] @ b for k in range(area)]
+        factors.append(torch.stack(kernels_, -1))
+    wanted = weight + (factors[0] * factors[1]).view_as(weight)
+    run = nn.functional.conv1d if weight.dim() == 3 else nn.functional.conv2d
+    torch.testing.assert_close(model(x), run(x, wanted, model[0].bias, padding=1))
+
+
 def test_the_kit_holds_by_factors_too():
     method = dataclasses.replace(plait.get_method("loha"), example={"rank": 1})
     checks = {"forward_equals_dense", "gradients_are_derivatives", "two_adapters", "loss_falls"}

@@ -105,6 +105,24 @@ def test_convolution(kernel, groups, rank):
     torch.testing.assert_close(model(x), wanted)
 
 
+def test_a_tucker_kernel():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1)).double()
+    adapter = plait.attach(model, "lokr", targets="all-conv", rank=1, tucker=True, seed=2)
+    delta = adapter.deltas["0"]
+    scramble(adapter, 0.5)
+    w2 = torch.zeros(3, 4, 3, 3, dtype=torch.float64)
+    for p in range(3):
+        for q in range(4):
+            w2[p, q] = delta.w2_a[0, p] * delta.w2_b[0, q] * delta.t2[0, 0]
+    dW = torch.kron(delta.w1[..., None, None], w2)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    wanted = nn.functional.conv2d(x, model[0].weight + dW, model[0].bias, padding=1)
+    torch.testing.assert_close(model(x), wanted)
+    assert adapter.num_parameters() == 2 * 2 + 3 + 4 + 9
+    assert adapter.method.count([delta.site], delta.options) == adapter.num_parameters()
+
+
 def test_dropout_acts_in_training_only():
     model, delta, adapter = make(rank=4, dropout=0.5)
     scramble(adapter, 0.5)

@@ -1,4 +1,8 @@
-"""LoKr in PEFT's folders: w2 of a convolution keeps the kernel's axes there."""
+"""LoKr in PEFT's folders: a full w2 of a convolution keeps the kernel's axes there.
+
+Not in one dimension: PEFT multiplies that w2, of three axes, to w1 along other ones, which gives
+another family of changes. It is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,20 @@ from torch import Tensor
 from plait.adapter import Delta, PeftCodec, PeftSite, Site
 from plait.adapter.formats.peft_codec import one_value
 from plait.adapter.site import ConvSite, LinearSite
+from plait.errors import PlaitError
 from plait.methods._lycoris_peft import (
     SETTINGS,
     lycoris_config,
+    lycoris_options,
     partial_reader,
     partial_writer,
-    rank_and_alpha,
 )
 
-KEYS = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")}
+KEYS = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 
 
 def _options(found: PeftSite) -> dict[str, Any]:
-    return rank_and_alpha(found) | {
+    return lycoris_options(found) | {
         "factor": found.config.get("decompose_factor", -1),
         "decompose_both": bool(found.config.get("decompose_both")),
     }
@@ -39,9 +44,24 @@ def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
 def _write(delta: Delta) -> dict[str, Tensor]:
     tensors = partial_writer(KEYS)(delta)
     if delta.site.kind == "conv" and "lokr_w2" in tensors:
+        _refuse_one_dimension(delta)
         kernel, w2 = delta.site.details["kernel"], tensors["lokr_w2"]
         tensors["lokr_w2"] = w2.reshape(w2.shape[0], -1, *kernel[1:])
     return tensors
+
+
+def _read(delta: Delta, found: PeftSite) -> None:
+    if delta.site.kind == "conv" and "lokr_w2" in found.tensors:
+        _refuse_one_dimension(delta)
+    partial_reader(KEYS)(delta, found)
+
+
+def _refuse_one_dimension(delta: Delta) -> None:
+    if len(delta.site.details["kernel"]) == 2:
+        raise PlaitError(
+            f"PEFT's LoKr with a full w2 is another change on the one-dimensional convolution "
+            f"{delta.site.path!r}; use a rank below half of w2's longer side, or Plait's format."
+        )
 
 
 def _site(found: PeftSite) -> Site | None:
@@ -70,7 +90,7 @@ LOKR_CODEC = PeftCodec(
     options=_options,
     config=_config,
     site=_site,
-    read=partial_reader(KEYS),
+    read=_read,
     write=_write,
     settings=(*SETTINGS, "decompose_factor", "decompose_both"),
 )

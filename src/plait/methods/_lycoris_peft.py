@@ -12,25 +12,25 @@ from typing import Any
 from torch import Tensor
 
 from plait.adapter import Delta, PeftCodec, PeftSite
-from plait.adapter.formats.peft_codec import any_transposed, pattern_values
+from plait.adapter.formats.peft_codec import any_transposed, one_value, pattern_values
 from plait.errors import FormatError, PlaitError
 
 DROPOUTS = ("rank_dropout", "module_dropout", "rank_dropout_scale")
 SETTINGS = ("alpha", *DROPOUTS, "use_effective_conv2d")
-"""Keys of LycorisConfig beside those of every type. The dropouts act in training alone; where
-use_effective_conv2d makes a difference it shows in tensors t1 and t2, which are refused by name."""
+"""Keys of LycorisConfig beside those of every type; the dropouts act in training alone."""
 
 
-def rank_and_alpha(found: PeftSite) -> dict[str, Any]:
-    """The options `rank` and `alpha` at a site (of the adapter, where the path is empty)."""
+def lycoris_options(found: PeftSite) -> dict[str, Any]:
+    """The options at a site (of the adapter, where the path is empty) that both types have."""
     rank, alpha = found.config.get("r", 8), found.config.get("alpha", 8)
     if found.path:
         ranks = pattern_values(found, "rank_pattern", rank)
         # PEFT sorts the patterns when it saves them, which may put another match first.
-        stored = {len(t) for name, t in found.tensors.items() if name.endswith("_b")}
+        stored = {len(t) for name, t in found.tensors.items() if name.endswith(("_b", "t2"))}
         rank = next((r for r in ranks if r in stored), ranks[0])
         alpha = pattern_values(found, "alpha_pattern", alpha)[0]
-    return {"rank": int(rank), "alpha": float(alpha)}
+    tucker = bool(found.config.get("use_effective_conv2d"))
+    return {"rank": int(rank), "alpha": float(alpha), "tucker": tucker}
 
 
 def lycoris_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
@@ -40,6 +40,7 @@ def lycoris_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
     values = {p: (d.options.rank, d.options.scaling * d.options.rank) for p, d in deltas.items()}
     (rank, alpha), _ = Counter(values.values()).most_common(1)[0]
     config: dict[str, Any] = {"r": rank, "alpha": alpha}
+    config["use_effective_conv2d"] = one_value(deltas, "tucker")
     others = sorted((p for p, v in values.items() if v != (rank, alpha)), key=len, reverse=True)
     if others:
         config["rank_pattern"] = {p: values[p][0] for p in others}
@@ -65,7 +66,15 @@ def partial_reader(keys: Mapping[str, str]) -> Callable[[Delta, PeftSite], None]
 
 def partial_writer(keys: Mapping[str, str]) -> Callable[[Delta], dict[str, Tensor]]:
     """A codec's `write` for the same."""
-    return lambda delta: {keys[own]: tensor for own, tensor in delta.named_parameters()}
+
+    def write(delta: Delta) -> dict[str, Tensor]:
+        named = delta.named_parameters()
+        # A core over one dimension gets a second of size 1 there.
+        return {
+            keys[n]: p[..., None] if n in ("t1", "t2") and p.dim() == 3 else p for n, p in named
+        }
+
+    return write
 
 
 def lycoris_codec(type: str, keys: Mapping[str, str]) -> PeftCodec:
@@ -73,7 +82,7 @@ def lycoris_codec(type: str, keys: Mapping[str, str]) -> PeftCodec:
     return PeftCodec(
         type=type,
         keys=keys,
-        options=rank_and_alpha,
+        options=lycoris_options,
         config=lycoris_config,
         read=partial_reader(keys),
         write=partial_writer(keys),

@@ -6,34 +6,29 @@ w2_b = 0 at the start. Since (a b^T) * (c d^T) = (a * c)(b * d)^T, dW is also a 
 size r^2, B's columns and A's rows being the elementwise products of all pairs. Where 6 r^2 is at
 most the shorter side that is the cheaper way, and the site rides LoRA's kernel at rank r^2 without
 any [out, in] tensor. Wider, dW is formed (2 r out in multiplications) and added to W for a single
-product; a step then takes three products of W's size, LoRA's two, and keeps none of it.
+product; a step then takes three products of W's size, LoRA's two, and keeps none of it. `tucker`
+keeps a convolution's kernel in a core of its own and always forms dW.
 Paper: Yeh et al., 2023, arXiv 2309.14859, after FedPara, arXiv 2108.06098.
 Parameters: 2 r (in + out) a site; on a convolution in counts the kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, PeftCodec, Traits, per_site
+from plait.adapter import Delta, Method, Options, Site, Traits, first_input, per_site
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.methods._folded import folded_linear, has_plain_weight
-from plait.methods._lycoris_peft import (
-    SETTINGS,
-    lycoris_config,
-    partial_reader,
-    partial_writer,
-    rank_and_alpha,
-)
+from plait.methods._lycoris_peft import lycoris_codec
+from plait.methods._tucker import has_core, tucker_product
 
 NAMES = ("w1_a", "w1_b", "w2_a", "w2_b")
-KEYS: Mapping[str, str] = {name: f"hada_{name}" for name in NAMES}
 
 
 @dataclass(frozen=True)
@@ -42,18 +37,30 @@ class LohaOptions(Options):
     """Rank r of either matrix (paper: 4 to 16); dW has rank r^2."""
     alpha: float | None = None
     """Numerator of the scaling alpha / r; None means r, a scaling of 1."""
+    tucker: bool = False
+    """On kernels larger than 1 x 1: either matrix from maps w_a [r, out], w_b [r, channels] and a
+    core t [r, r, k, k]."""
     dropout: float = 0.0
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise PlaitError(f"rank must be at least 1, not {self.rank}.")
-        if not 0 <= self.dropout < 1:
-            raise PlaitError(f"dropout must lie in [0, 1), not {self.dropout}.")
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise PlaitError(
+                f"rank ({self.rank}) must be at least 1 and dropout ({self.dropout}) in [0, 1)."
+            )
 
     @property
     def scaling(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """The parameters at a site."""
+        r, (rows, columns) = self.rank, site.shape
+        if not (self.tucker and has_core(site)):
+            return {name: (rows, r) if name.endswith("a") else (r, columns) for name in NAMES}
+        channels, *kernel = site.details["kernel"]
+        maps = {name: (r, rows if name.endswith("a") else channels) for name in NAMES}
+        return {"t1": (r, r, *kernel), "t2": (r, r, *kernel), **maps}
 
 
 class LohaDelta(Delta):
@@ -62,22 +69,22 @@ class LohaDelta(Delta):
     options: LohaOptions
 
     def build(self) -> None:
-        r, (rows, columns) = self.options.rank, self.site.shape
-        if 6 * r * r > min(rows, columns):
+        for name, shape in self.options.shapes(self.site).items():
+            self.parameter(name, *shape)
+        if "t1" in self._parameters or 6 * self.options.rank**2 > min(self.site.shape):
             self.traits = Traits()
-        for name in NAMES:
-            self.parameter(name, *((rows, r) if name.endswith("a") else (r, columns)))
 
     def reset(self) -> None:
-        for name in NAMES[:3]:
-            self.start(name, "kaiming_uniform")
+        for name in self._parameters:
+            if name != "w2_b":
+                self.start(name, "kaiming_uniform")
 
     def _matrices(self) -> tuple[Tensor, ...]:
         return tuple(self.get_parameter(name) for name in NAMES)
 
     def factors(self) -> LowRank | None:
         """The products of all pairs: B [out, r^2], A [r^2, in]."""
-        if self.options.rank**2 >= min(self.site.shape):
+        if "t1" in self._parameters or self.options.rank**2 >= min(self.site.shape):
             return None
         w1_a, w1_b, w2_a, w2_b = self._matrices()
         B = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1)
@@ -95,12 +102,17 @@ class LohaDelta(Delta):
         return first @ w1_b.t(), w1_a.t() @ first, second @ w2_b.t(), w2_a.t() @ second
 
     def dense(self) -> Tensor:
-        return self.make(*self._matrices())
+        if "t1" not in self._parameters:
+            return self.make(*self._matrices())
+        w1_a, w1_b, w2_a, w2_b = self._matrices()
+        t1, t2 = self.get_parameter("t1"), self.get_parameter("t2")
+        first, second = tucker_product(t1, w1_a, w1_b), tucker_product(t2, w2_a, w2_b)
+        return first * second * self.options.scaling
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         if self.dropout or self.site.kind == "conv" or not has_plain_weight(self.site):
             return super().adapt(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         return folded_linear(x, self, self._matrices(), self.site.weight(), self.site.bias())
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -116,14 +128,6 @@ METHOD = Method(
     axis="parameterisation",
     options=LohaOptions,
     delta=LohaDelta,
-    count=per_site(lambda site, o: 2 * o.rank * (site.in_features + site.out_features)),
-    peft=PeftCodec(
-        type="LOHA",
-        keys=KEYS,
-        options=rank_and_alpha,
-        config=lycoris_config,
-        read=partial_reader(KEYS),
-        write=partial_writer(KEYS),
-        settings=SETTINGS,
-    ),
+    count=per_site(lambda site, o: sum(math.prod(shape) for shape in o.shapes(site).values())),
+    peft=lycoris_codec("LOHA", {name: f"hada_{name}" for name in (*NAMES, "t1", "t2")}),
 )
