@@ -5,12 +5,13 @@
 dW = scaling * P_u B A P_v, where U_k and V_k are W's k leading singular vectors: W's k largest
 singular triplets stay singular triplets of W + dW, whatever is learned. The projectors act on the
 small factors, never on activations, so dW is an exact low-rank pair: fusing, export and switching
-are LoRA's, and only A, B are stored. The vectors come from an SVD of W (float64) whenever the
-adapter is attached; a side keeps the protected basis or its complement, whichever is smaller.
+are LoRA's, and only A, B are stored. The vectors are found (in float64, by W's Gram matrix) when
+the adapter is attached; the shorter side keeps the protected basis or its complement, whichever is
+smaller.
 A starts as LoRA's, B at 0. The paper leaves open which side is protected and how much of it:
 `side`, `energy` and `protect` say so here. After fusing, another Comp-LoRA protects the new W.
-Paper: Wang et al., 2025, arXiv 2501.15040. Parameters: r (in + out) a site; in memory frozen
-min(k, q - k) numbers a row and column as well, q the shorter side.
+Paper: Wang et al., 2025, arXiv 2501.15040. Parameters: r (in + out) a site; in memory as many
+frozen numbers as the protected directions have.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor
 from plait.adapter import Method, Pair, PairDelta, PairOptions, Site, Traits, per_site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
-from plait.linalg import LowRank, canonical_svd
+from plait.linalg import LowRank
+from plait.methods._directions import leading_directions, mapped_directions
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,18 @@ class CompLoraDelta(PairDelta):
     options: CompLoraOptions
 
     def attached(self) -> None:
-        U, S, Vh = canonical_svd(self.site.weight().detach())
+        W = self.site.weight().detach()
+        rows, S, flat = leading_directions(W)
         k = self.options.protected(S, self.site.path)
-        self.complement: dict[str, bool] = {}
-        for name, rows in (("output", U.mT), ("input", Vh)):
-            # A square side's remaining vectors span the complement, and may be the fewer.
-            whole = rows.shape[0] == rows.shape[1] and 2 * k > len(S)
-            self.complement[name] = whole
-            self.seeded_value(name, (rows[k:] if whole else rows[:k]).to(self.dtype).contiguous())
+        # All vectors of the shorter side are known: the rest of them may be the fewer.
+        short, long = ("output", "input") if flat else ("input", "output")
+        self.complement = {short: 2 * k > len(S), long: False}
+        bases = {
+            short: rows[k:] if self.complement[short] else rows[:k],
+            long: mapped_directions(W, rows[:k], flat),
+        }
+        for name, basis in bases.items():
+            self.seeded_value(name, basis.to(self.dtype).contiguous())
 
     def seeded_tensors(self) -> dict[str, Tensor]:
         return {}  # derived from W, so their last bits are no promise of the seed
