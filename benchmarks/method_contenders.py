@@ -32,7 +32,7 @@ DATA_ROWS = 8
 """Rows shown to initialisers that look at data."""
 MOST = 512
 """Largest value tried for an option that is to reach LoRA's budget."""
-FITTING = {"c3a": {"block": 192}, "vblora": {"length": 192}}
+FITTING = {"vblora": {"length": 192}}
 """Options where the paper's default fits neither model: what must divide 192, 576 and 1,536."""
 
 
