@@ -89,12 +89,12 @@ def main() -> None:
     if RESULTS.is_file():
         done = [json.loads(line)["method"] for line in RESULTS.read_text().splitlines()]
     wanted = args.only or [name for name in names() if name not in done]
-    RESULTS.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         TASKS["home_en"].make(temporary)
         for name in wanted:
             found = {**best(name, args, Path(temporary)), "date": machine()["date"]}
             print(json.dumps(found), flush=True)
+            RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(found) + "\n")
 
