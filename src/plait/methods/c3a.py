@@ -29,6 +29,7 @@ from plait.adapter.formats.peft_codec import any_transposed
 from plait.adapter.method import PeftSite
 from plait.errors import PlaitError
 from plait.methods._circulant import circulant_linear
+from plait.methods._ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,7 @@ class C3aOptions(Options):
 
     def __post_init__(self) -> None:
         check_choices(self, "c3a")
-        if (self.block is not None and self.block < 1) or not 0 <= self.dropout < 1:
-            raise PlaitError(
-                f"block must be at least 1 and dropout lie in [0, 1), not {self.block} and "
-                f"{self.dropout}."
-            )
+        check_ranges(self, "block")
 
     def size(self, site: Site) -> int:
         """b at a site."""

@@ -13,22 +13,17 @@ Paper: Bini et al., 2025, arXiv 2503.18225. Parameters: r (in + out) + 1 a site.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from plait.adapter import Delta, Method, Options, PeftCodec, Traits, per_site
-from plait.adapter.formats.peft_codec import any_transposed, one_value
-from plait.adapter.method import PeftSite
-from plait.errors import FormatError, PlaitError
+from plait.adapter import Delta, Method, Options, Traits, per_site
 from plait.linalg import LowRank
+from plait.methods._delora_peft import PEFT
+from plait.methods._ranges import check_ranges
 
 SHORTEST = 1e-4
-NAMES = {"A": "delora_A", "B": "delora_B", "strength": "delora_lambda", "lengths": "delora_w_norm"}
 
 
 @dataclass(frozen=True)
@@ -41,11 +36,7 @@ class DeloraOptions(Options):
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise PlaitError(
-                f"rank must be at least 1 and dropout lie in [0, 1), not {self.rank} and "
-                f"{self.dropout}."
-            )
+        check_ranges(self, "rank")
 
 
 class DeloraDelta(Delta):
@@ -77,43 +68,6 @@ class DeloraDelta(Delta):
         return LowRank(B=self.B * scale, A=self.A * self.lengths)
 
 
-def _options(found: PeftSite) -> dict[str, Any]:
-    config, stored = found.config, found.tensors.get("delora_A")
-    return {
-        "rank": config["r"] if stored is None else len(stored),
-        "strength": float(config.get("delora_lambda", 15)),
-        "dropout": config.get("module_dropout") or 0.0,
-    }
-
-
-def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    if any_transposed(deltas):
-        raise PlaitError("PEFT's DeLoRA acts on nn.Linear only; save in Plait's format.")
-    ranks = {path: d.options.rank for path, d in deltas.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    strengths = Counter(d.options.strength for d in deltas.values())
-    others = {path: r for path, r in ranks.items() if r != rank}
-    return {
-        "r": rank,
-        "delora_lambda": strengths.most_common(1)[0][0],
-        "module_dropout": one_value(deltas, "dropout"),
-        "rank_pattern": others,
-    }
-
-
-def _read(delta: Delta, found: PeftSite) -> None:
-    target = dict(delta.own_tensors())
-    for own, theirs in NAMES.items():
-        if theirs not in found.tensors or target[own].shape != found.tensors[theirs].shape:
-            raise FormatError(f"{found.path!r}: {theirs} is missing or has another shape.")
-        target[own].copy_(found.tensors[theirs])
-
-
-def _write(delta: Delta) -> dict[str, Tensor]:
-    tensors = dict(delta.own_tensors())
-    return {theirs: tensors[own] for own, theirs in NAMES.items()}
-
-
 METHOD = Method(
     name="delora",
     title="DeLoRA: decoupled low-rank adaptation",
@@ -122,13 +76,5 @@ METHOD = Method(
     options=DeloraOptions,
     delta=DeloraDelta,
     count=per_site(lambda site, o: o.rank * (site.in_features + site.out_features) + 1),
-    peft=PeftCodec(
-        type="DELORA",
-        keys=NAMES,
-        options=_options,
-        config=_config,
-        read=_read,
-        write=_write,
-        settings=("delora_lambda", "module_dropout", "lambda_pattern"),
-    ),
+    peft=PEFT,
 )

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from plait.adapter import Delta, Method, Options, Traits, per_site
 from plait.adapter.choices import check_choices
-from plait.errors import PlaitError
 from plait.kernels._gate import plain_path
 from plait.methods._fourier import Spectrum, make_spectrum
 from plait.methods._locations import places, spectrum_codec
+from plait.methods._ranges import check_ranges
 from plait.methods._sparse import has_sparse
 from plait.methods._transformed import transformed_linear
 
@@ -43,8 +43,7 @@ class FourierftOptions(Options):
 
     def __post_init__(self) -> None:
         check_choices(self, "fourierft")
-        if self.coefficients < 1:
-            raise PlaitError(f"coefficients must be at least 1, not {self.coefficients}.")
+        check_ranges(self, "coefficients")
 
 
 class FourierftDelta(Delta):

@@ -13,20 +13,16 @@ Paper: Huang et al., HiRA, ICLR 2025. Parameters: r (in + out) a site.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from plait.adapter import Delta, Method, Options, PeftCodec, Traits, first_input, per_site
-from plait.adapter.formats.peft_codec import any_transposed, one_value
-from plait.adapter.method import PeftSite
-from plait.errors import PlaitError
+from plait.adapter import Delta, Method, Options, Traits, first_input, per_site
 from plait.methods._folded import folded_linear, has_plain_weight
-
-LINEAR, EMBEDDING = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")
+from plait.methods._hira_peft import PEFT
+from plait.methods._ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -37,11 +33,7 @@ class HiraOptions(Options):
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise PlaitError(
-                f"rank must be at least 1 and dropout lie in [0, 1), not {self.rank} and "
-                f"{self.dropout}."
-            )
+        check_ranges(self, "rank")
 
 
 class HiraDelta(Delta):
@@ -86,35 +78,6 @@ class HiraDelta(Delta):
         return folded_linear(x, self, (self.A, self.B), self.site.weight(), self.site.bias())
 
 
-def _options(found: PeftSite) -> dict[str, Any]:
-    stored = next((found.tensors[n] for n in ("hira_A", EMBEDDING[0]) if n in found.tensors), None)
-    rank = found.config["r"] if stored is None else len(stored)
-    return {"rank": rank, "dropout": found.config.get("hira_dropout") or 0.0}
-
-
-def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    return {
-        "r": one_value(deltas, "rank"),  # PEFT's rank_pattern has no effect here
-        "hira_dropout": one_value(deltas, "dropout"),
-        "fan_in_fan_out": any_transposed(deltas),
-    }
-
-
-def _read(delta: Delta, found: PeftSite) -> None:
-    names = EMBEDDING if delta.site.kind == "embedding" else LINEAR
-    for own, theirs in zip("AB", names, strict=True):
-        delta.get_parameter(own).copy_(found.tensors[theirs].flatten(1))
-
-
-def _write(delta: Delta) -> dict[str, Tensor]:
-    A, B = (dict(delta.own_tensors())[name] for name in "AB")
-    if delta.site.kind == "conv":
-        kernel = delta.site.details["kernel"]
-        A, B = A.reshape(-1, *kernel), B.reshape(*B.shape, *[1] * (len(kernel) - 1))
-    names = EMBEDDING if delta.site.kind == "embedding" else LINEAR
-    return dict(zip(names, (A, B), strict=True))
-
-
 METHOD = Method(
     name="hira",
     title="HiRA: Hadamard high-rank adaptation",
@@ -123,13 +86,5 @@ METHOD = Method(
     options=HiraOptions,
     delta=HiraDelta,
     count=per_site(lambda site, o: o.rank * (site.in_features + site.out_features)),
-    peft=PeftCodec(
-        type="HIRA",
-        keys={name: name for name in (*LINEAR, *EMBEDDING)},
-        options=_options,
-        config=_config,
-        read=_read,
-        write=_write,
-        settings=("hira_dropout",),
-    ),
+    peft=PEFT,
 )

@@ -30,6 +30,7 @@ from plait.errors import PlaitError
 from plait.methods._bases import mix, mixed_linear, pull_mix
 from plait.methods._folded import folded_linear, has_plain_weight
 from plait.methods._randlora_peft import PEFT
+from plait.methods._ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,7 @@ class RandloraOptions(Options):
 
     def __post_init__(self) -> None:
         check_choices(self, "randlora")
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise PlaitError(
-                f"rank must be at least 1 and dropout lie in [0, 1), not {self.rank} and "
-                f"{self.dropout}."
-            )
+        check_ranges(self, "rank")
 
     def count(self, site: Site) -> tuple[int, int]:
         """(N, m) at a site."""

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from plait.adapter import Delta, Method, Options, SharedTensors, Site, Traits
 from plait.errors import PlaitError
 from plait.linalg import LowRank
+from plait.methods._ranges import check_ranges
 from plait.methods._vblora_peft import PEFT
 
 
@@ -45,11 +46,7 @@ class VbloraOptions(Options):
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.length < 1 or not 0 <= self.dropout < 1:
-            raise PlaitError(
-                f"rank and length must be at least 1 and dropout lie in [0, 1), not {self.rank}, "
-                f"{self.length} and {self.dropout}."
-            )
+        check_ranges(self, "rank", "length")
         if not 1 <= self.chosen <= self.vectors:
             raise PlaitError(f"chosen must lie between 1 and vectors, not {self.chosen}.")
 

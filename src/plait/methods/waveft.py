@@ -23,9 +23,9 @@ from torch import Tensor
 
 from plait.adapter import Delta, Method, Options, per_site
 from plait.adapter.formats.peft_codec import one_value
-from plait.errors import PlaitError
 from plait.kernels._gate import plain_path
 from plait.methods._locations import places, spectrum_codec
+from plait.methods._ranges import check_ranges
 from plait.methods._sparse import Layout, has_sparse, make_layout, sparse_linear
 from plait.methods._transformed import transformed_linear
 from plait.methods._wavelet import Wavelets, filters, padded, quarters
@@ -43,8 +43,7 @@ class WaveftOptions(Options):
     """Seed of the places, a fixed option so that every site of one shape has the same ones."""
 
     def __post_init__(self) -> None:
-        if self.coefficients < 1:
-            raise PlaitError(f"coefficients must be at least 1, not {self.coefficients}.")
+        check_ranges(self, "coefficients")
         if self.wavelet is not None:
             filters(self.wavelet)
 
