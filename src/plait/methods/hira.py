@@ -6,8 +6,8 @@ dW = W * (B A), of rank up to r rank(W), with A ~ U(-1/sqrt(in), 1/sqrt(in)) and
 training starts at the base model. There is no scaling. On an embedding A is the table (A = 0,
 B ~ N(0, 1)) and only the rows that are looked up are multiplied; on a convolution the pattern
 covers the unrolled kernel. A linear builds W + dW at every forward (r + 1 operations an entry of W,
-whatever the number of tokens), multiplies once, and keeps neither it nor B A for backward, where
-g^T x costs half of the base's step more.
+whatever the number of tokens), multiplies once, and keeps it for backward only where it is no
+larger than x or y; g^T x costs half of the base's step more.
 Paper: Huang et al., HiRA, ICLR 2025. Parameters: r (in + out) a site.
 """
 
