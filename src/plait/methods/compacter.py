@@ -26,6 +26,7 @@ from plait.adapter import Delta, Method, Options, SharedTensors, Site, Traits
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.methods._kronecker import kron_dense
+from plait.methods._ranges import check_ranges
 
 RULE_SIZE = 0.01
 
@@ -43,11 +44,7 @@ class CompacterOptions(Options):
 
     def __post_init__(self) -> None:
         check_choices(self, "compacter")
-        if min(self.n, self.reduction, self.rank) < 1:
-            raise PlaitError(
-                f"n ({self.n}), reduction ({self.reduction}) and rank ({self.rank}) must be at "
-                "least 1."
-            )
+        check_ranges(self, "n", "reduction", "rank")
 
     def bottleneck(self, site: Site) -> int:
         """k at a site."""

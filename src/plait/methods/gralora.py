@@ -25,6 +25,7 @@ from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.methods._gralora_peft import GRALORA_CODEC
 from plait.methods._granular import granular_add
+from plait.methods._ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,12 @@ class GraloraOptions(Options):
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.rank < 1 or self.rank % self.k or self.hybrid_rank < 0:
+        check_ranges(self, "k", "rank")
+        if self.rank % self.k or self.hybrid_rank < 0:
             raise PlaitError(
                 f"k={self.k} must divide rank={self.rank}, and hybrid_rank={self.hybrid_rank} must "
                 "be at least 0."
             )
-        if not 0 <= self.dropout < 1:
-            raise PlaitError(f"dropout must lie in [0, 1), not {self.dropout}.")
 
     @property
     def scaling(self) -> float:

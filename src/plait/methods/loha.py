@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from plait.adapter import Delta, Method, Options, Site, Traits, first_input, per_site
-from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.methods._folded import folded_linear, has_plain_weight
 from plait.methods._lycoris_peft import lycoris_codec
+from plait.methods._ranges import check_ranges
 from plait.methods._tucker import has_core, tucker_product
 
 NAMES = ("w1_a", "w1_b", "w2_a", "w2_b")
@@ -44,10 +44,7 @@ class LohaOptions(Options):
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise PlaitError(
-                f"rank ({self.rank}) must be at least 1 and dropout ({self.dropout}) in [0, 1)."
-            )
+        check_ranges(self, "rank")
 
     @property
     def scaling(self) -> float:

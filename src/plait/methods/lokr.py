@@ -29,6 +29,7 @@ from plait.linalg import LowRank
 from plait.methods._kronecker import kron_add, kron_apply, kron_dense
 from plait.methods._lokr_parts import lokr_shapes, whole_factor
 from plait.methods._lokr_peft import LOKR_CODEC
+from plait.methods._ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,9 @@ class LokrOptions(Options):
 
     def __post_init__(self) -> None:
         check_choices(self, "lokr")
-        if self.rank < 1 or self.factor == 0 or self.factor < -1:
-            raise PlaitError(
-                f"rank ({self.rank}) must be at least 1 and factor ({self.factor}) -1 or positive."
-            )
-        if not 0 <= self.dropout < 1:
-            raise PlaitError(f"dropout must lie in [0, 1), not {self.dropout}.")
+        check_ranges(self, "rank")
+        if self.factor == 0 or self.factor < -1:
+            raise PlaitError(f"factor must be -1 or positive, not {self.factor}.")
 
     @property
     def scaling(self) -> float:

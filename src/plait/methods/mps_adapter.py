@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from plait.adapter import Delta, Method, PairOptions, Site, Traits, per_site, seeds
-from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.methods._modes import split_side
+from plait.methods._ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,7 @@ class MpsAdapterOptions(PairOptions):
     """Draw the cores from N(0, sigma^2) instead of left-canonical ones."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1 or self.modes < 1:
-            raise PlaitError(f"rank ({self.rank}) and modes ({self.modes}) must be at least 1.")
+        check_ranges(self, "rank", "modes")
 
     def shapes(self, site: Site) -> list[tuple[int, int, int]]:
         """The shapes of the cores at a site."""

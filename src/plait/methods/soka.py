@@ -29,6 +29,7 @@ from plait.methods._folded import folded_linear, has_plain_weight
 from plait.methods._kronecker import from_blocks, kron_apply, to_blocks
 from plait.methods._kronecker_svd import kronecker_terms
 from plait.methods._modes import near_factors
+from plait.methods._ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,12 @@ class SokaOptions(Options):
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if self.terms < 1 or not 0 < self.energy <= 1 or self.factor == 0 or self.factor < -1:
+        check_ranges(self, "terms")
+        if not 0 < self.energy <= 1 or self.factor == 0 or self.factor < -1:
             raise PlaitError(
-                f"terms ({self.terms}) must be at least 1, energy ({self.energy}) in (0, 1] and "
-                f"factor ({self.factor}) -1 or positive."
+                f"energy ({self.energy}) must lie in (0, 1], and factor ({self.factor}) be -1 or "
+                "positive."
             )
-        if not 0 <= self.dropout < 1:
-            raise PlaitError(f"dropout must lie in [0, 1), not {self.dropout}.")
 
     def shapes(self, site: Site) -> tuple[int, tuple[int, int], tuple[int, int]]:
         """K, (m, n) and (p, q) at a site."""

@@ -26,6 +26,7 @@ from plait.adapter import Delta, Method, Options, SharedTensors, Site, per_site
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.methods._modes import kron_all, mode_products, split_side
+from plait.methods._ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,7 @@ class TeraOptions(Options):
     """Probability of dropping an input feature in training."""
 
     def __post_init__(self) -> None:
-        if min(self.rank, self.modes) < 1 or not 0 <= self.dropout < 1:
-            raise PlaitError(
-                f"rank ({self.rank}) and modes ({self.modes}) must be at least 1, and dropout "
-                f"({self.dropout}) in [0, 1)."
-            )
+        check_ranges(self, "rank", "modes")
 
     def sizes(self, site: Site) -> list[tuple[int, int]]:
         """(I_k, R_k) of the output's modes, then of the input's."""
