@@ -61,7 +61,7 @@ def test_gpt2_with_its_transposed_linears(tmp_path, config):
         ("randlora", {"rank": 5, "alpha": 3.0}),
         ("randlora", {"rank": 5, "alpha": 3.0, "bases": "very-sparse"}),
         ("vblora", {"rank": 3, "vectors": 12, "length": 8, "bound": 0.5}),
-        ("delora", {"rank": 3, "overrides": {"q_proj": {"rank": 2}}}),
+        ("delora", {"rank": 3, "start": "zero", "overrides": {"q_proj": {"rank": 2}}}),
         ("hira", {"rank": 3}),
     ],
 )

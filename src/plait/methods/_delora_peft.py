@@ -20,6 +20,7 @@ def _options(found: PeftSite) -> dict[str, Any]:
     return {
         "rank": config["r"] if stored is None else len(stored),
         "strength": float(config.get("delora_lambda", 15)),
+        "start": "zero",
         "dropout": config.get("module_dropout") or 0.0,
     }
 
@@ -27,6 +28,10 @@ def _options(found: PeftSite) -> dict[str, Any]:
 def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
     if any_transposed(deltas):
         raise PlaitError("PEFT's DeLoRA acts on nn.Linear only; save in Plait's format.")
+    if one_value(deltas, "start") != "zero":
+        raise PlaitError(
+            "PEFT's DeLoRA subtracts no start; save to_lora(), or train with start='zero'."
+        )
     ranks = {path: d.options.rank for path, d in deltas.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     strengths = Counter(d.options.strength for d in deltas.values())
