@@ -32,13 +32,6 @@ DATA_ROWS = 8
 """Rows shown to initialisers that look at data."""
 MOST = 512
 """Largest value tried for an option that is to reach LoRA's budget."""
-FITTING = {"vblora": {"length": 192}}
-"""Options where the paper's default fits neither model: what must divide 192, 576 and 1,536."""
-
-
-def defaults(method: Method) -> dict[str, Any]:
-    """What stands for a method's defaults here: nothing given, but for `FITTING`."""
-    return dict(FITTING.get(method.name, {}))
 
 
 @dataclass
@@ -164,8 +157,7 @@ def budget_options(
     parameters to `target`; None where none does, {} where the defaults do."""
     if method.count is None or (method.delta is None and method.choose is None):
         return None
-    fixed = defaults(method)
-    sites = [site for site, _ in pieces_of(model, method, fixed)]
+    sites = [site for site, _ in pieces_of(model, method, {})]
 
     def distance(options: dict[str, Any]) -> float:
         try:
@@ -173,14 +165,14 @@ def budget_options(
         except (plait.PlaitError, ZeroDivisionError):
             return float("inf")  # a value that the option may not have
 
-    if distance(fixed) <= within:
+    if distance({}) <= within:
         return {}
-    found = {f.name: f.default for f in dataclasses.fields(method.options)} | fixed
+    found = {f.name: f.default for f in dataclasses.fields(method.options)}
     knobs = [n for n, v in found.items() if (type(v) is int and v > 0) or (n, v) == ("rank", None)]
     for knob in sorted(knobs, key=lambda name: name != "rank"):
-        best = min(range(1, MOST + 1), key=lambda n, knob=knob: distance({**fixed, knob: n}))
-        if distance({**fixed, knob: best}) <= within:
-            return {**fixed, knob: best}
+        best = min(range(1, MOST + 1), key=lambda n, knob=knob: distance({knob: n}))
+        if distance({knob: best}) <= within:
+            return {knob: best}
     return None
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from method_contenders import REFERENCE, Contender, bound, budget_options, defaults, ours, theirs
+from method_contenders import REFERENCE, Contender, bound, budget_options, ours, theirs
 from method_table import RESULTS, read_results, write_report
 from models import MODELS, random_batch
 from report import machine, peak_megabytes
@@ -54,9 +54,9 @@ def make(kind: str, args: argparse.Namespace, base: nn.Module, name: str) -> Con
     if kind == "lora":
         return ours(base, batch, "lora", REFERENCE)
     if kind == "default":
-        return ours(base, batch, name, defaults(plait.get_method(name)))
+        return ours(base, batch, name, {})
     if kind == "peft":
-        return theirs(base, batch, name, defaults(plait.get_method(name)))
+        return theirs(base, batch, name, {})
     options = budget_options(base, plait.get_method(name), _lora_parameters(base))
     return ours(base, batch, name, options) if options else None
 

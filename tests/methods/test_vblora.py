@@ -97,3 +97,11 @@ def test_the_start_is_near_the_base_model_and_learns():
     assert 0 < moved < 0.05 * before.abs().max()
     losses = tiny.losses(model, adapter, lr=2e-2)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_length_suits_all_sites_where_none_is_given():
+    model = nn.Sequential(nn.Linear(576, 192), nn.Linear(192, 640))
+    adapter = plait.attach(model, "vblora", targets="all-linear", seed=0)
+    assert adapter.deltas["0"].shared["bank"].shape == (256, 64)
+    sites = [d.site for d in adapter.deltas.values()]
+    assert adapter.num_parameters() == adapter.method.count(sites, adapter.options)

@@ -37,7 +37,7 @@ def _config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
     return {
         "r": one_value(deltas, "rank"),
         "num_vectors": one_value(deltas, "vectors"),
-        "vector_length": one_value(deltas, "length"),
+        "vector_length": next(iter(deltas.values())).shared["bank"].shape[-1],
         "topk": one_value(deltas, "chosen"),
         "vblora_dropout": one_value(deltas, "dropout"),
         "fan_in_fan_out": any_transposed(deltas),

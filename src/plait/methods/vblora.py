@@ -14,6 +14,7 @@ Paper: Li, Han, Ji, 2024, arXiv 2405.15179. Parameters: h b, and r h (in + out) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,9 @@ class VbloraOptions(Options):
     """Rank r of dW (paper: 4)."""
     vectors: int = 256
     """Vectors h in the bank (paper: 30 to 2048, growing with the model); the same at all sites."""
-    length: int = 256
-    """Length b of a vector (paper: 256); must divide both sides of every site."""
+    length: int | None = None
+    """Length b of a vector, a divisor of both sides of every site; None takes the largest up to 256
+    (the paper's)."""
     chosen: int = 2
     """Bank vectors k that a piece mixes (paper: 2)."""
     bound: float = 0.02
@@ -50,6 +52,13 @@ class VbloraOptions(Options):
         if not 1 <= self.chosen <= self.vectors:
             raise PlaitError(f"chosen must lie between 1 and vectors, not {self.chosen}.")
 
+    def width(self, sites: Sequence[Site]) -> int:
+        """b for these sites."""
+        if self.length is not None:
+            return self.length
+        common = math.gcd(*(side for s in sites for side in s.shape))
+        return max(b for b in range(1, 257) if common % b == 0)
+
 
 class VbloraDelta(Delta):
     kinds = frozenset({"linear", "conv"})
@@ -60,24 +69,25 @@ class VbloraDelta(Delta):
 
     @classmethod
     def prepare(cls, sites: Sequence[Site], options: VbloraOptions, shared: SharedTensors) -> None:
-        shared.pool("bank", (options.vectors, options.length), start="uniform")
+        shared.pool("bank", (options.vectors, options.width(sites)), start="uniform")
         with torch.no_grad():
             shared["bank"].mul_(options.bound)
 
     def build(self) -> None:
         o, (rows, columns) = self.options, self.site.shape
-        if (o.vectors, o.length) != tuple(self.shared["bank"].shape):
+        vectors, b = self.shared["bank"].shape
+        if o.vectors != vectors or o.length not in (None, b):
             raise PlaitError(
                 f"overrides at {self.site.path!r} may not change vectors or length, because the "
                 "bank is shared with all sites."
             )
-        if rows % o.length or columns % o.length:
+        if rows % b or columns % b:
             raise PlaitError(
-                f"length={o.length} does not divide both sides of {self.site.path!r} "
+                f"length={b} does not divide both sides of {self.site.path!r} "
                 f"({rows} x {columns}); choose a common divisor of all sites' sides."
             )
-        self.parameter("logits_A", o.rank, columns // o.length, o.vectors)
-        self.parameter("logits_B", rows // o.length, o.rank, o.vectors)
+        self.parameter("logits_A", o.rank, columns // b, o.vectors)
+        self.parameter("logits_B", rows // b, o.rank, o.vectors)
 
     def reset(self) -> None:
         with torch.no_grad():
@@ -98,8 +108,9 @@ class VbloraDelta(Delta):
 
 
 def _count(sites: Sequence[Site], o: VbloraOptions) -> int:
-    pieces = sum((s.in_features + s.out_features) // o.length for s in sites)
-    return o.vectors * (o.length + o.rank * pieces)
+    b = o.width(sites)
+    pieces = sum((s.in_features + s.out_features) // b for s in sites)
+    return o.vectors * (b + o.rank * pieces)
 
 
 METHOD = Method(
