@@ -23,8 +23,10 @@ class FormatError(PlaitError):
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `name`, or None when nothing is close."""
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return found[0] if found else None
+    found = difflib.get_close_matches(name, list(candidates), n=5, cutoff=0.5)
+    # Swapped letters are the likeliest slip, and difflib counts them as two.
+    swapped = [c for c in found if sorted(c) == sorted(name)]
+    return (swapped or found or [None])[0]
 
 
 def unknown(kind: str, name: str, candidates: Iterable[str], where: str = "") -> UnknownNameError:

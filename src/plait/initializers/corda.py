@@ -28,6 +28,7 @@ from plait.adapter import Delta, Initializer, Method, Site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.initializers._pairs import require_pair
+from plait.methods._directions import leading_directions, mapped_directions
 from plait.methods.lora import METHOD as LORA
 from plait.methods.lora import LoraDelta, LoraOptions
 from plait.statistics import SecondMoment, activation_pass
@@ -61,21 +62,30 @@ class Corda(Initializer):
 
     def start(self, delta: Delta, statistics: Tensor | None) -> None:
         pair = require_pair(delta, "corda")
-        if statistics is None:
+        if statistics is None or pair.rank == 0:
             return
         W = pair.base_weight().double()
-        U, S, _ = torch.linalg.svd(W @ self._weighing(statistics.to(W)), full_matrices=False)
-        rank = min(pair.rank, len(S))
-        kept = slice(0, rank) if self.mode == "ipm" else slice(len(S) - rank, len(S))
+        U, S = self._directions(W @ self._weighing(statistics.to(W)), pair.rank)
+        rank = len(S)
         # Directions that W maps to nothing stay at zero instead of 0 / 0.
-        least = max(float(S[0]) * torch.finfo(S.dtype).eps, torch.finfo(S.dtype).tiny)
-        root = (S[kept].clamp_min(least) * pair.scaling).sqrt()
+        least = max(float(S.max()) * torch.finfo(S.dtype).eps, torch.finfo(S.dtype).tiny)
+        root = (S.clamp_min(least) * pair.scaling).sqrt()
         # A rank above the shorter side leaves rows of zeros.
         A, B = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
-        A[:rank] = (U[:, kept].T @ W) / root[:, None]
-        B[:, :rank] = U[:, kept] * root / pair.scaling
+        A[:rank] = (U.T @ W) / root[:, None]
+        B[:, :rank] = U * root / pair.scaling
         pair.set_pair(A, B)
         pair.hold_back()
+
+    def _directions(self, M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """U [out, r] and S [r] of M's largest (ipm) or smallest (kpm) singular triplets."""
+        if self.mode == "ipm":  # the small end of a squared spectrum would be lost, this is not
+            rows, S, flat = leading_directions(M)
+            rows = rows[:rank] if flat else mapped_directions(M, rows[:rank], flat)
+            return rows.T, S[:rank]
+        U, S, _ = torch.linalg.svd(M, full_matrices=False)
+        first = max(len(S) - rank, 0)
+        return U[:, first:], S[first:]
 
     def _weighing(self, moment: Tensor) -> Tensor:
         """C [in, in] with a mean diagonal of 1 + damp; the identity where no token was seen."""
