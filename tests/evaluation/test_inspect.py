@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from plait.adapter import Adapter
 from plait.errors import PlaitError
 from plait.evaluation import inspect_adapter
 from plait.evaluation.inspect_show import plot_report, report_table
+from plait.linalg.entanglement import prime_factors
 from tiny_language_model import tiny_model
 
 
@@ -104,3 +106,18 @@ def test_table_and_plots(tmp_path: Path) -> None:
     paths = plot_report(report, tmp_path / "plots")
     assert [p.name for p in paths] == ["norms.png", "effective_ranks.png", "spectra.png"]
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths)
+
+
+def test_entanglement_where_it_is_asked_for(tmp_path: Path) -> None:
+    adapter = trained(tiny_model())
+    assert not any(site.entropy for site in inspect_adapter(adapter).sites)
+    report = inspect_adapter(adapter, entropy=True)
+    site = report.sites[0]
+    change = adapter.deltas[site.path].dense().detach().double()
+    # The cut between rows and columns is an ordinary singular value decomposition.
+    p = torch.linalg.svdvals(change).square()
+    p = p / p.sum()
+    middle = len(prime_factors(change.shape[0]))
+    assert site.entropy[middle - 1] == pytest.approx(float(torch.special.entr(p).sum()), rel=1e-6)
+    assert max(site.entropy[middle - 1 : middle]) <= math.log(4)
+    assert tmp_path / "entanglement.png" in plot_report(report, tmp_path)

@@ -20,6 +20,9 @@ def inspect(
     plots: Annotated[
         Path | None, typer.Option(help="Write heat maps and spectra (PNG) to this folder.")
     ] = None,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="Add entanglement entropies (JSON and plots).")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Fail (exit 2) on any problem.")] = False,
 ) -> None:
     """Show size, norms, effective ranks and the health of an adapter.
@@ -35,7 +38,7 @@ def inspect(
 
     model = None if base is None else open_base(base)[0]
     adapter = read_adapter(path, model=model)
-    report = inspect_adapter(adapter, model, progress=on_terminal())
+    report = inspect_adapter(adapter, model, entropy=entropy, progress=on_terminal())
     if as_json:
         print(report.to_json())
     else:

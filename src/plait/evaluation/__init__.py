@@ -3,6 +3,7 @@
 `evaluate` asks a model, `inspect_adapter` looks at the weights.
 """
 
+from plait.evaluation.calibration import ace, ece, mce, reliability_plot
 from plait.evaluation.driver import evaluate
 from plait.evaluation.inspect import AdapterReport, SiteReport, inspect_adapter
 from plait.evaluation.intervals import bootstrap, wilson
@@ -16,9 +17,13 @@ __all__ = [
     "Result",
     "Score",
     "SiteReport",
+    "ace",
     "bootstrap",
+    "ece",
     "evaluate",
     "inspect_adapter",
+    "mce",
     "read_questions",
+    "reliability_plot",
     "wilson",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plait.adapter import Adapter, Delta, adapters, bind, block_index, detach, install
 from plait.errors import PlaitError
-from plait.linalg import LowRank
+from plait.linalg import LowRank, entropy_profile
 
 ENERGIES = (0.9, 0.99, 0.999)
 DEAD = 1e-6
@@ -29,6 +29,8 @@ class SiteReport:
     value; `stable_rank` = norm^2 / spectral^2; `effective_rank` = exp(entropy of the singular
     values' shares); `energy` {k: share of norm^2 in the first k}, `ranks` {share: components that
     hold it}. Packed experts are taken together: pooled norms and energies, the mean of the ranks.
+    `entropy`, where asked for, is the entanglement entropy in nats across every cut of a chain of
+    the prime factors of out and in (see `plait.linalg.entropy_profile`).
     """
 
     path: str
@@ -46,6 +48,7 @@ class SiteReport:
     singular_values: list[float] = field(default_factory=list)
     energy: dict[int, float] = field(default_factory=dict)
     ranks: dict[float, int] = field(default_factory=dict)
+    entropy: list[float] = field(default_factory=list)
     not_finite: int = 0
     dead_components: int = 0
     note: str = ""
@@ -105,18 +108,22 @@ def _some(sites: list[SiteReport]) -> str:
 
 @torch.no_grad()
 def inspect_adapter(
-    adapter: Adapter, base: nn.Module | None = None, *, progress: bool = False
+    adapter: Adapter,
+    base: nn.Module | None = None,
+    *,
+    entropy: bool = False,
+    progress: bool = False,
 ) -> AdapterReport:
     """Measure every site of an adapter.
 
     `base`, a model, gives the norms relative to W, and serves methods whose change depends on W;
     an adapter that is attached has its base already. Changes with factors are measured in factor
-    space, others by a dense SVD of each site. `progress` shows a bar on stderr. Nothing is
-    modified.
+    space, others by a dense SVD of each site. `entropy` adds entanglement profiles, `progress`
+    shows a bar on stderr. Nothing is modified.
     """
     with _attached(adapter, base):
         tracked = _tracked(adapter.deltas.values(), progress)
-        sites = [_inspect_site(delta) for delta in tracked]
+        sites = [_inspect_site(delta, entropy) for delta in tracked]
         tensors = adapter.state_dict().values()
         return AdapterReport(
             name=adapter.name,
@@ -146,7 +153,7 @@ def _attached(adapter: Adapter, base: nn.Module | None) -> Iterator[None]:
             parameter.requires_grad_(train)
 
 
-def _inspect_site(delta: Delta) -> SiteReport:
+def _inspect_site(delta: Delta, entropy: bool) -> SiteReport:
     site = delta.site
     tensors = [t for _, t in delta.own_tensors() if t.is_floating_point()]
     report = SiteReport(
@@ -166,6 +173,10 @@ def _inspect_site(delta: Delta) -> SiteReport:
         report.note = "depends on the base weight; give the base model"
     else:
         _measure(report, delta)
+        if entropy and len(site.shape) == 2 and not report.is_zero:
+            low = delta.factors()
+            change = low if low is not None else _matrix(delta.dense())
+            report.entropy = entropy_profile(change).tolist()
     return report
 
 

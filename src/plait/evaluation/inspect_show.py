@@ -68,7 +68,8 @@ def _mean(values: Sequence[float | None], form: str) -> str:
 
 
 def plot_report(report: AdapterReport, directory: str | os.PathLike[str]) -> list[Path]:
-    """Write norms.png, effective_ranks.png (layers x modules) and spectra.png into a folder."""
+    """Write norms.png, effective_ranks.png (layers x modules) and spectra.png into a folder, and
+    entanglement.png where the report has entropies."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -84,6 +85,8 @@ def plot_report(report: AdapterReport, directory: str | os.PathLike[str]) -> lis
         "effective_ranks": _heat_map(Figure, report, "effective rank", lambda s: s.effective_rank),
         "spectra": _spectra(Figure, report),
     }
+    if any(s.entropy for s in report.sites):
+        figures["entanglement"] = _entanglement(Figure, report)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
@@ -113,6 +116,24 @@ def _heat_map(
     axes.set_ylabel("layer")
     axes.set_title(f"{report.name} ({report.method})")
     figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def _entanglement(figure_class: Any, report: AdapterReport) -> Any:
+    import numpy as np
+
+    figure = figure_class(figsize=(6.4, 4.2))
+    axes = figure.subplots()
+    for name, sites in by_module(report).items():
+        profiles = [s.entropy for s in sites if s.entropy]
+        if profiles and len({len(p) for p in profiles}) == 1:
+            cuts = np.linspace(0, 1, len(profiles[0]) + 2)[1:-1]
+            axes.plot(cuts, np.median(np.array(profiles), axis=0), marker=".", label=name)
+    axes.set_xlabel("cut through the chain of rows, then columns")
+    axes.set_ylabel("entanglement entropy, nats (median over layers)")
+    axes.set_title(f"{report.name} ({report.method})")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize="small")
     return figure
 
 

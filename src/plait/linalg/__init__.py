@@ -1,6 +1,8 @@
 """Linear algebra that adapters share: factored matrices, randomised SVD, solvers, transforms."""
 
+from plait.linalg.allocate import allocate
 from plait.linalg.canonical import canonical_svd
+from plait.linalg.entanglement import cut_entropy, entropy_profile, page_entropy
 from plait.linalg.lowrank import LowRank
 from plait.linalg.rsvd import low_rank_approximation, randomized_svd
 from plait.linalg.solvers import (
@@ -13,10 +15,14 @@ from plait.linalg.transforms import kron_matvec, wht
 
 __all__ = [
     "LowRank",
+    "allocate",
     "canonical_svd",
+    "cut_entropy",
     "damped_inverse",
+    "entropy_profile",
     "kron_matvec",
     "low_rank_approximation",
+    "page_entropy",
     "principal_angles",
     "procrustes",
     "randomized_svd",
