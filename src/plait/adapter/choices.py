@@ -27,3 +27,17 @@ def _choices(cls: Any) -> dict[str, tuple[Any, ...]]:
     hints = get_type_hints(cls)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
     return {n: get_args(hint) for n, hint in fields.items() if get_origin(hint) is Literal}
+
+
+def fitting_rank(delta: Any) -> int:
+    """The rank in the options of a delta whose site has as many directions.
+
+    Raises PlaitError where the rank is above the site's shorter side.
+    """
+    rank, site = delta.options.rank, delta.site
+    if rank > min(site.shape):
+        raise PlaitError(
+            f"rank {rank} exceeds the shorter side of {site.path!r} {list(site.shape)}; "
+            "lower it there with overrides=."
+        )
+    return int(rank)

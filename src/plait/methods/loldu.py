@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plait.adapter import Delta, Method, Options, Traits, per_site
-from plait.adapter.choices import check_choices
+from plait.adapter.choices import check_choices, fitting_rank
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.methods._elimination import choose_pivots, eliminate
@@ -58,12 +58,7 @@ class LolduDelta(Delta):
     pivots: Tensor
 
     def build(self) -> None:
-        rank, shape = self.options.rank, self.site.shape
-        if rank > min(shape):
-            raise PlaitError(
-                f"rank {rank} exceeds the shorter side of {self.site.path!r} {list(shape)}; "
-                "lower it there with overrides=."
-            )
+        rank = fitting_rank(self)
         self.traits = Traits(
             low_rank=True, depends_on_base=True, zero_start=self.options.start == "lu"
         )

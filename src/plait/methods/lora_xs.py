@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from plait.adapter import Method, PairDelta, PairOptions, Site, Traits, per_site
+from plait.adapter.choices import fitting_rank
 from plait.errors import PlaitError
 from plait.linalg import LowRank, randomized_svd
 
@@ -37,12 +38,7 @@ class LoraXsDelta(PairDelta):
     R: Tensor
 
     def build(self) -> None:
-        rank, shape = self.options.rank, self.site.shape
-        if rank > min(shape):
-            raise PlaitError(
-                f"rank {rank} exceeds the shorter side of {self.site.path!r} {list(shape)}; "
-                "lower it there with overrides=."
-            )
+        rank = fitting_rank(self)
         self.frozen("A", rank, self.site.in_features)
         self.frozen("B", self.site.out_features, rank)
         self.parameter("R", rank, rank)

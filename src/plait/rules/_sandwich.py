@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plait.adapter import PairDelta, PairOptions, Site, Traits
-from plait.adapter.choices import check_choices
+from plait.adapter.choices import check_choices, fitting_rank
 from plait.errors import PlaitError
 from plait.kernels._gate import exact_dtypes
 from plait.linalg import LowRank, randomized_svd
@@ -43,12 +43,7 @@ class SandwichDelta(PairDelta):
     S: Tensor
 
     def build(self) -> None:
-        rank, shape = self.options.rank, self.site.shape
-        if rank > min(shape):
-            raise PlaitError(
-                f"rank {rank} exceeds the shorter side of {self.site.path!r} {list(shape)}; "
-                "lower it there with overrides=."
-            )
+        rank = fitting_rank(self)
         self.frozen("A", rank, self.site.in_features)
         self.parameter("S", rank, rank)
         self.parameter("B", self.site.out_features, rank)
