@@ -80,3 +80,12 @@ def test_the_page_is_what_the_results_say() -> None:
     stored = page.load()
     assert stored, "run benchmarks/claims/run_all.py"
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == page.page(stored)
+
+
+def test_the_grid_grows_where_its_edge_is_best() -> None:
+    from lab.claim import _beyond
+
+    assert _beyond({1e-3: 1.0, 3e-3: 0.5, 1e-2: 0.4, 3e-2: 0.9}) is None
+    assert _beyond({1e-3: 1.0, 3e-3: 0.5, 1e-2: 0.4, 3e-2: 0.3}) == pytest.approx(0.1)
+    assert _beyond({1e-3: 0.1, 3e-3: 0.5, 1e-2: 0.4, 3e-2: float("nan")}) == pytest.approx(3e-4)
+    assert _beyond({1e-3: 1, 3e-3: 0.9, 1e-2: 0.8, 3e-2: 0.7, 0.1: 0.6, 0.3: 0.5}) is None

@@ -63,15 +63,18 @@ class Claim:
         return found
 
     def _tune(self, contender: Contender) -> dict[str, Any]:
-        """Every rate with the first seed; the one of least validation loss with every seed."""
+        """Every rate with the first seed; the one of least validation loss with every seed.
+
+        Where the least loss stands at the edge of the rates, up to two more are tried beyond it.
+        """
         if len(contender.rates) < 4:
             raise SystemExit(f"{contender.label}: a fair trial takes at least four rates")
-        rates = contender.rates[:1] if self.smoke else contender.rates
-        losses = {
-            rate: self._trial(contender, rate, self.seeds[0])["validation"]["loss"]
-            for rate in rates
-        }
-        best = min(rates, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+        losses = {}
+        for rate in contender.rates[:1] if self.smoke else contender.rates:
+            losses[rate] = self._loss(contender, rate)
+        while not self.smoke and (further := _beyond(losses)) is not None:
+            losses[further] = self._loss(contender, further)
+        best = _best(losses)
         seeds = self.seeds[:1] if self.smoke else self.seeds
         trials = [self._trial(contender, best, seed) for seed in seeds]
         return {
@@ -81,6 +84,9 @@ class Claim:
             "parameters": trials[0]["parameters"],
         }
 
+    def _loss(self, contender: Contender, rate: float) -> float:
+        return self._trial(contender, rate, self.seeds[0])["validation"]["loss"]
+
     def _trial(self, contender: Contender, rate: float, seed: int) -> dict[str, Any]:
         task = TASKS[self.task]
         steps = 5 if self.smoke else self.steps or task.steps
@@ -89,6 +95,18 @@ class Claim:
         if self.smoke:
             return work()
         return remembered(contender.key(task=task.name, rate=rate, seed=seed, steps=steps), work)
+
+
+def _best(losses: dict[float, float]) -> float:
+    return min(losses, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
+
+
+def _beyond(losses: dict[float, float], most: int = 6) -> float | None:
+    """The next rate outward while the best one stands at the grid's edge, up to `most` in all."""
+    best = _best(losses)
+    if len(losses) >= most or min(losses) < best < max(losses):
+        return None
+    return float(f"{best * 3.2 if best == max(losses) else best / 3.2:.1g}")
 
 
 def main(claim: Claim) -> None:
