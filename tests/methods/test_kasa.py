@@ -1,5 +1,7 @@
 """KaSA: what is cut, what is learned, and the two penalties."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -169,3 +171,15 @@ def test_gamma_draws_the_factors_towards_orthonormal_ones():
             float((d.A @ d.A.T - eye).norm().detach()) for d in adapter.deltas.values()
         )
     assert gaps[1.0] < 0.6 * gaps[0.0]
+
+
+def test_a_cut_that_is_no_noise_is_said():
+    sharp, flat = nn.Linear(8, 8), nn.Linear(8, 8)
+    with torch.no_grad():
+        sharp.weight.copy_(torch.diag(torch.logspace(0, -7, 8)))
+        flat.weight.copy_(torch.eye(8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plait.attach(nn.Sequential(sharp), "kasa", rank=2)
+    with pytest.warns(UserWarning, match="not noise"):
+        plait.attach(nn.Sequential(flat), "kasa", rank=2)
