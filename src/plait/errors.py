@@ -26,7 +26,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     found = difflib.get_close_matches(name, list(candidates), n=5, cutoff=0.5)
     # Swapped letters are the likeliest slip, and difflib counts them as two.
     swapped = [c for c in found if sorted(c) == sorted(name)]
-    return (swapped or found or [None])[0]
+    return next(iter(swapped or found), None)
 
 
 def unknown(kind: str, name: str, candidates: Iterable[str], where: str = "") -> UnknownNameError:
