@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import plait
 import tiny
 from plait.initializers.pissa import Pissa
+from plait.linalg import principal_angles
 
 
 def linear(method="lora", start=None, **options):
@@ -40,7 +41,7 @@ def test_factors_are_the_principal_part_with_the_scaling_divided_in():
 
 
 def test_the_randomised_svd_finds_nearly_the_same():
-    model, delta, _ = linear(start=Pissa(niter=8))
+    model, delta, _ = linear(start=Pissa(depth=8))
     S = torch.linalg.svdvals(model[0].weight.detach())
     residual = (model[0].weight - delta.trained().dense()).norm()
     best = S[3:].square().sum().sqrt()
@@ -147,3 +148,16 @@ def test_logits_equal_peft_after_the_same_training_move():
                 A0.add_(A)
     want = theirs(input_ids=tiny.batch()["input_ids"]).logits
     torch.testing.assert_close(tiny.logits(model), want, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.smollm2
+def test_the_sketch_finds_the_principal_subspaces_of_a_real_model():
+    from plait.training.bases import load_base
+
+    model, _ = load_base("smollm2-135m", dtype="float32")
+    adapter = plait.attach(model, "pissa", rank=8, seed=0, layers=[0, 29])
+    for delta in adapter.deltas.values():
+        U, _, Vh = torch.linalg.svd(delta.site.weight().detach().double(), full_matrices=False)
+        B, A = torch.linalg.qr(delta.B.detach().double()).Q, delta.A.detach().double()
+        assert float(principal_angles(B, U[:, :8]).max()) < 1e-3
+        assert float(principal_angles(torch.linalg.qr(A.mT).Q, Vh[:8].mT).max()) < 1e-3

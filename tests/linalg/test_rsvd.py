@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from plait.linalg import low_rank_approximation, principal_angles, randomized_svd
+from plait.linalg import krylov_svd, low_rank_approximation, principal_angles, randomized_svd
 
 check = settings(deadline=None, max_examples=25)
 
@@ -116,3 +116,29 @@ def test_errors_say_what_to_change():
     M[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         randomized_svd(M, 2)
+
+
+@pytest.mark.parametrize("shape", [(900, 700), (700, 900), (300, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_krylov_finds_subspaces_that_power_iterations_mix(shape, dtype):
+    # Neighbouring singular values 0.3 % apart, as trained weights have them; the last shape is
+    # small enough for the Gram matrix.
+    M, U, S, V = decaying(*shape, rate=0.997, dtype=dtype)
+    u, s, vh = krylov_svd(M, 8)
+    assert u.dtype == dtype and u.shape == (shape[0], 8) and vh.shape == (8, shape[1])
+    assert float(principal_angles(u.double(), U[:, :8]).max()) < 1e-3
+    assert float(principal_angles(vh.double().mT, V[:, :8]).max()) < 1e-3
+    assert_close(s.double(), S[:8], rtol=1e-5, atol=0)
+    mixed = randomized_svd(M, 8, power_iterations=4)[0]
+    assert float(principal_angles(mixed.double(), U[:, :8]).max()) > 0.1
+
+
+def test_krylov_leaves_the_global_random_state_and_takes_stacks():
+    before = torch.get_rng_state()
+    stack = torch.stack([decaying(60, 40, seed=i)[0] for i in range(3)])
+    u, s, vh = krylov_svd(stack, 4, depth=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    for part, values in zip(stack, s, strict=True):
+        assert_close(values, torch.linalg.svdvals(part)[:4], rtol=1e-3, atol=0)
+    assert u.shape == (3, 60, 4) and vh.shape == (3, 4, 40)
+    assert krylov_svd(torch.zeros(30, 20), 3)[1].eq(0).all()

@@ -4,7 +4,7 @@ from plait.linalg.allocate import allocate
 from plait.linalg.canonical import canonical_svd
 from plait.linalg.entanglement import cut_entropy, entropy_profile, page_entropy
 from plait.linalg.lowrank import LowRank
-from plait.linalg.rsvd import low_rank_approximation, randomized_svd
+from plait.linalg.rsvd import krylov_svd, low_rank_approximation, randomized_svd
 from plait.linalg.solvers import (
     damped_inverse,
     principal_angles,
@@ -21,6 +21,7 @@ __all__ = [
     "damped_inverse",
     "entropy_profile",
     "kron_matvec",
+    "krylov_svd",
     "low_rank_approximation",
     "page_entropy",
     "principal_angles",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plait.linalg.lowrank import LowRank
-from plait.linalg.precision import require_finite, working_dtype
+from plait.linalg.precision import accumulator_dtype, require_finite, working_dtype
 
 
 def randomized_svd(
@@ -43,6 +43,55 @@ def randomized_svd(
         V, S, Uh = _sketched_svd(M.mT, width, power_iterations, generator, seed)
         return _leading((Uh.mT, S, V.mT), rank)
     return _leading(_sketched_svd(M, width, power_iterations, generator, seed), rank)
+
+
+def krylov_svd(
+    M: Tensor,
+    rank: int,
+    *,
+    oversample: int = 8,
+    depth: int = 20,
+    generator: torch.Generator | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `randomized_svd`, from all the sketch's powers together (a block Krylov space).
+
+    The last power alone tells directions apart as (S_r / S_{r + oversample})^(2 depth), the space
+    of all of them as a Chebyshev polynomial of that degree: where singular values lie within a
+    percent of each other, as in trained weights, this finds the very subspace, at the price of a
+    basis of (rank + oversample) * depth columns. Where that is more than half of M's shorter side,
+    the eigenvectors of its Gram matrix in float64 are cheaper and are taken instead.
+    Musco and Musco, 2015, arXiv 1504.05477.
+    """
+    _check(M, rank, oversample, depth)
+    M = M.to(working_dtype(M.dtype))
+    if M.shape[-2] < M.shape[-1]:
+        V, S, Uh = krylov_svd(
+            M.mT, rank, oversample=oversample, depth=depth, generator=generator, seed=seed
+        )
+        return Uh.mT, S, V.mT
+    width = rank + oversample
+    if 2 * width * depth >= M.shape[-1]:
+        return _by_gram(M, rank)
+    if generator is None:
+        generator = torch.Generator().manual_seed(seed)
+    size = (*M.shape[:-2], M.shape[-1], width)
+    block = torch.randn(size, generator=generator, device=generator.device, dtype=M.dtype)
+    block, blocks = torch.linalg.qr(block.to(M.device)).Q, []
+    for _ in range(depth):
+        block = torch.linalg.qr(M.mT @ (M @ block)).Q
+        blocks.append(block)
+    basis = torch.linalg.qr(torch.cat(blocks, -1)).Q
+    U, S, Vh = torch.linalg.svd(M @ basis, full_matrices=False)
+    return _leading((U, S, Vh @ basis.mT), rank)
+
+
+def _by_gram(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading triplets of a tall M, to float32's last digits as far as M determines them."""
+    wide = M.to(accumulator_dtype(M.device))
+    vectors = torch.linalg.eigh(wide.mT @ wide).eigenvectors.flip(-1)[..., :rank]
+    U, S, Vh = torch.linalg.svd(wide @ vectors, full_matrices=False)
+    return U.to(M.dtype), S.to(M.dtype), (Vh @ vectors.mT).to(M.dtype)
 
 
 def low_rank_approximation(
