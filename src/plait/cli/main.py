@@ -13,8 +13,11 @@ from typing import Annotated, Any
 import typer
 
 # Idle OpenMP threads that spin starve whatever else runs: beside one other busy process two threads
-# took seven times longer to train. Read when torch is loaded, hence before it; a user's own wins.
+# took seven times longer to train. Threads that sleep at once wake late for the next of thousands
+# of small products: a fifth of a training step. So GNU's runtime spins for some microseconds first.
+# Read when torch is loaded, hence before it; a user's own settings win.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import plait
 from plait.cli import (
