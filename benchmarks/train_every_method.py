@@ -31,7 +31,7 @@ RATES = (2e-3, 2e-2, 2e-4)
 
 
 def attempt(name: str, rate: float, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Losses of one short run: of the first step, before anything moved, and of the last quarter."""
+    """Losses of one short run: of its first step, where nothing moved yet, and its last quarter."""
     method = get_method(name)
     values = {
         "base": args.base,
