@@ -27,7 +27,7 @@ from plait.training.recipe import Recipe
 from plait.training.trainer import train
 
 RESULTS = Path(__file__).parent / "results" / "train-every-method.jsonl"
-RATES = (2e-3, 2e-2, 2e-4)
+RATES = (2e-3, 2e-2, 2e-4, 2e-1)
 
 
 def attempt(name: str, rate: float, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
