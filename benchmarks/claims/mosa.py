@@ -15,7 +15,7 @@ CLAIM = Claim(
         Contender("adapter", "mosa", {**SITES, "experts": 1}, rules=({"mosa": {"kl": 0.0}},)),
     ),
     seeds=(0, 1, 2, 3, 4),
-    judge=lambda found: compare(found, "mosa", "adapter"),
+    judge=lambda found: compare(found, "mosa", "adapter", "accuracy"),
     note="Both have the same size after training. MoSA's consistency loss runs every batch twice, "
     "so its steps cost about double; steps, not time, are equal. Adapters stand beside whole "
     "blocks.",

@@ -20,8 +20,8 @@ HEAD = """# What papers claim, and what we found
 Every system here states something about itself. Each statement was tried small, by a script that
 anyone can run: `python benchmarks/claims/<name>.py`. Contenders, tasks, learning rates (at least
 four for every side) and the rule of judgement were fixed before the run. Every side's rate is tuned
-on validation data with one seed (up to two rates more where the edge was best); figures are on test
-data, mean ± standard deviation over seeds.
+by validation loss (with six labels a class: by accuracy) with one seed, with up to two rates more
+where the edge was best; figures are on test data, mean ± standard deviation over seeds.
 
 *shown*: the 95 % interval of the paired difference lies on the claim's side. *contradicted*: it
 lies on the other side. *not shown at this scale*: it covers both. Our tasks are tiny beside the

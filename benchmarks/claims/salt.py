@@ -14,7 +14,10 @@ CLAIM = Claim(
         Contender("salt", "salt", {"rank": 1, "top": 32}),
         Contender("values", "salt", {"rank": 0, "top": 64}),
     ),
-    judge=lambda found: all_of(compare(found, "salt", "lora"), compare(found, "salt", "values")),
+    judge=lambda found: all_of(
+        compare(found, "salt", "lora", "accuracy"),
+        compare(found, "salt", "values", "accuracy"),
+    ),
 )
 
 if __name__ == "__main__":

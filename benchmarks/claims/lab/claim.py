@@ -63,9 +63,10 @@ class Claim:
         return found
 
     def _tune(self, contender: Contender) -> dict[str, Any]:
-        """Every rate with the first seed; the one of least validation loss with every seed.
+        """Every rate with the first seed; the one of least validation loss (or, where the task
+        says so, of most accuracy) with every seed.
 
-        Where the least loss stands at the edge of the rates, up to two more are tried beyond it.
+        Where the best stands at the edge of the rates, up to two more are tried beyond it.
         """
         if len(contender.rates) < 4:
             raise SystemExit(f"{contender.label}: a fair trial takes at least four rates")
@@ -85,7 +86,8 @@ class Claim:
         }
 
     def _loss(self, contender: Contender, rate: float) -> float:
-        return self._trial(contender, rate, self.seeds[0])["validation"]["loss"]
+        found = self._trial(contender, rate, self.seeds[0])["validation"]
+        return 1 - found["accuracy"] if TASKS[self.task].tuned_by == "accuracy" else found["loss"]
 
     def _trial(self, contender: Contender, rate: float, seed: int) -> dict[str, Any]:
         task = TASKS[self.task]

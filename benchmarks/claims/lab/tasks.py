@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,7 +29,8 @@ class Task:
 
     `base()` is the trained base; `splits()` gives {"train", "validation", "test"} of aligned
     tensors, labels under "labels"; `targets` are the sites that adapters take, `head` modules that
-    are trained beside them.
+    are trained beside them. `tuned_by` is what learning rates are chosen by on validation data:
+    with a handful of labels the least loss is that of a model that says nothing.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     head: tuple[str, ...] = ()
     steps: int = 200
     batch_size: int = 32
+    tuned_by: Literal["loss", "accuracy"] = "loss"
 
     def fresh(self) -> nn.Module:
         """A copy of the base of its own."""
@@ -235,6 +237,7 @@ TASKS = {
             _few,
             targets=LAYERS,
             batch_size=20,
+            tuned_by="accuracy",
         ),
         Task(
             "digits-shuffled",
