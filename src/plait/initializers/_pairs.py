@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from plait.adapter import Delta, PairDelta
 from plait.errors import PlaitError
 
@@ -14,3 +17,14 @@ def require_pair(delta: Delta, initializer: str) -> PairDelta:
             f"{delta.site.path!r} does not train; use it with lora or another method of pairs."
         )
     return delta
+
+
+def set_leading(pair: PairDelta, A: Tensor, B: Tensor) -> None:
+    """Write A [..., k, in] and B [..., out, k] into a pair of rank r >= k; the rest is zero.
+
+    A rank above the site's shorter side has fewer directions to start at than components.
+    """
+    full_A, full_B = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
+    full_A[..., : A.shape[-2], :] = A
+    full_B[..., : B.shape[-1]] = B
+    pair.set_pair(full_A, full_B)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from plait.adapter import Delta, Initializer, Method, Site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
-from plait.initializers._pairs import require_pair
+from plait.initializers._pairs import require_pair, set_leading
 from plait.methods._directions import leading_directions, mapped_directions
 from plait.methods.lora import METHOD as LORA
 from plait.methods.lora import LoraDelta, LoraOptions
@@ -66,15 +66,10 @@ class Corda(Initializer):
             return
         W = pair.base_weight().double()
         U, S = self._directions(W @ self._weighing(statistics.to(W)), pair.rank)
-        rank = len(S)
         # Directions that W maps to nothing stay at zero instead of 0 / 0.
         least = max(float(S.max()) * torch.finfo(S.dtype).eps, torch.finfo(S.dtype).tiny)
         root = (S.clamp_min(least) * pair.scaling).sqrt()
-        # A rank above the shorter side leaves rows of zeros.
-        A, B = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
-        A[:rank] = (U.T @ W) / root[:, None]
-        B[:, :rank] = U * root / pair.scaling
-        pair.set_pair(A, B)
+        set_leading(pair, A=(U.T @ W) / root[:, None], B=U * root / pair.scaling)
         pair.hold_back()
 
     def _directions(self, M: Tensor, rank: int) -> tuple[Tensor, Tensor]:

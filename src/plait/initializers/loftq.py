@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from plait.adapter import Delta, Initializer, Method, PairDelta, Site, adapters
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError, unknown
-from plait.initializers._pairs import require_pair
+from plait.initializers._pairs import require_pair, set_leading
 from plait.linalg import randomized_svd
 from plait.methods.lora import METHOD as LORA
 from plait.methods.lora import LoraDelta, LoraOptions
@@ -108,11 +108,8 @@ class Loftq(Initializer):
         return root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
 
     def _set(self, pair: PairDelta, A: Tensor, B: Tensor) -> None:
-        # A rank above the shorter side leaves rows of zeros; each factor takes half of 1 / s.
-        full_A, full_B, root = torch.zeros_like(pair.A), torch.zeros_like(pair.B), pair.scaling**0.5
-        full_A[..., : A.shape[-2], :] = A / root
-        full_B[..., : B.shape[-1]] = B / root
-        pair.set_pair(full_A, full_B)
+        root = pair.scaling**0.5  # each factor takes half of 1 / s
+        set_leading(pair, A / root, B / root)
 
 
 def overwrite(site: Site, weight: Tensor) -> None:

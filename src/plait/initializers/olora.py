@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from plait.adapter import Delta, Initializer, Method
-from plait.initializers._pairs import require_pair
+from plait.initializers._pairs import require_pair, set_leading
 from plait.methods.lora import METHOD as LORA
 from plait.methods.lora import LoraDelta, LoraOptions
 
@@ -33,11 +33,7 @@ class Olora(Initializer):
         rank = min(pair.rank, *pair.site.shape[-2:])  # packed experts are a stack of matrices
         W = pair.base_weight()
         Q = torch.linalg.qr(W[..., :rank]).Q
-        # A rank above the shorter side leaves rows of zeros.
-        A, B = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
-        A[..., :rank, :] = Q.mT @ W
-        B[..., :rank] = Q
-        pair.set_pair(A, B)
+        set_leading(pair, A=Q.mT @ W, B=Q)
         pair.hold_back()
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from plait.adapter import Delta, Initializer, Method
-from plait.initializers._pairs import require_pair
+from plait.initializers._pairs import require_pair, set_leading
 from plait.linalg import krylov_svd
 from plait.methods.lora import METHOD as LORA
 from plait.methods.lora import LoraDelta, LoraOptions
@@ -44,11 +44,8 @@ class Pissa(Initializer):
             g = pair.generator("pissa")
             U, S, Vh = krylov_svd(W, rank, depth=self.depth, generator=g)
         root = (S[..., :rank] / pair.scaling).sqrt()
-        # A rank above the shorter side leaves rows of zeros.
-        A, B = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
-        A[..., :rank, :] = root.unsqueeze(-1) * Vh[..., :rank, :]
-        B[..., :rank] = U[..., :rank] * root.unsqueeze(-2)
-        pair.set_pair(A, B)
+        A, B = root.unsqueeze(-1) * Vh[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
+        set_leading(pair, A, B)
         pair.hold_back()
 
 
