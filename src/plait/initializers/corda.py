@@ -28,7 +28,7 @@ from plait.adapter import Delta, Initializer, Method, Site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.initializers._pairs import require_pair, set_leading
-from plait.methods._directions import leading_directions, mapped_directions
+from plait.linalg import gram_directions, mapped_directions
 from plait.methods.lora import METHOD as LORA
 from plait.methods.lora import LoraDelta, LoraOptions
 from plait.statistics import SecondMoment, activation_pass
@@ -75,7 +75,7 @@ class Corda(Initializer):
     def _directions(self, M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """U [out, r] and S [r] of M's largest (ipm) or smallest (kpm) singular triplets."""
         if self.mode == "ipm":  # the small end of a squared spectrum would be lost, this is not
-            rows, S, flat = leading_directions(M)
+            rows, S, flat = gram_directions(M)
             rows = rows[:rank] if flat else mapped_directions(M, rows[:rank], flat)
             return rows.T, S[:rank]
         U, S, _ = torch.linalg.svd(M, full_matrices=False)

@@ -3,6 +3,7 @@
 from plait.linalg.allocate import allocate
 from plait.linalg.canonical import canonical_svd
 from plait.linalg.entanglement import cut_entropy, entropy_profile, page_entropy
+from plait.linalg.gram import gram_directions, mapped_directions
 from plait.linalg.lowrank import LowRank
 from plait.linalg.rsvd import krylov_svd, low_rank_approximation, randomized_svd
 from plait.linalg.solvers import (
@@ -20,9 +21,11 @@ __all__ = [
     "cut_entropy",
     "damped_inverse",
     "entropy_profile",
+    "gram_directions",
     "kron_matvec",
     "krylov_svd",
     "low_rank_approximation",
+    "mapped_directions",
     "page_entropy",
     "principal_angles",
     "procrustes",

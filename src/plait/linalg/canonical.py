@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from plait.linalg.gram import gram_directions
+
 
 def canonical_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [..., m, q], S [..., q] descending, Vh [..., q, n] of M [..., m, n], in float64.
@@ -21,16 +23,13 @@ def canonical_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_gram(M: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The same from an eigendecomposition of the shorter side's Gram matrix: three times faster.
+    """The same from the shorter side's Gram matrix, three times faster.
 
-    Squaring squares the condition number too, so this is for matrices whose singular values span
-    no more than four digits; None where they do.
+    This is for matrices whose singular values span no more than four digits; None where they do.
     """
-    if M.shape[-2] > M.shape[-1]:
-        found = _by_gram(M.mT)
-        return None if found is None else (found[2].mT, found[1], found[0].mT)
-    values, vectors = torch.linalg.eigh(M @ M.mT)
-    S, U = values.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+    rows, S, flat = gram_directions(M)
     if not S.numel() or bool((S[..., -1] <= 1e-4 * S[..., 0]).any()):
         return None
-    return U, S, (U.mT @ M) / S.unsqueeze(-1)
+    if flat:
+        return rows.mT, S, (rows @ M) / S.unsqueeze(-1)
+    return (M @ rows.mT) / S.unsqueeze(-2), S, rows

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from plait.linalg.gram import gram_directions
 from plait.linalg.lowrank import LowRank
 from plait.linalg.precision import accumulator_dtype, require_finite, working_dtype
 
@@ -89,9 +90,9 @@ def krylov_svd(
 def _by_gram(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading triplets of a tall M, to float32's last digits as far as M determines them."""
     wide = M.to(accumulator_dtype(M.device))
-    vectors = torch.linalg.eigh(wide.mT @ wide).eigenvectors.flip(-1)[..., :rank]
-    U, S, Vh = torch.linalg.svd(wide @ vectors, full_matrices=False)
-    return U.to(M.dtype), S.to(M.dtype), (Vh @ vectors.mT).to(M.dtype)
+    rows = gram_directions(wide.mT)[0][..., :rank, :]  # M.mT is flat, also where M is square
+    U, S, Vh = torch.linalg.svd(wide @ rows.mT, full_matrices=False)
+    return U.to(M.dtype), S.to(M.dtype), (Vh @ rows).to(M.dtype)
 
 
 def low_rank_approximation(

@@ -24,8 +24,7 @@ from torch import Tensor
 from plait.adapter import Method, Pair, PairDelta, PairOptions, Site, Traits, per_site
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
-from plait.linalg import LowRank
-from plait.methods._directions import leading_directions, mapped_directions
+from plait.linalg import LowRank, gram_directions, mapped_directions
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class CompLoraDelta(PairDelta):
     options: CompLoraOptions
 
     def attached(self) -> None:
-        W = self.site.weight().detach()
-        rows, S, flat = leading_directions(W)
+        W = self.site.weight().detach().double()
+        rows, S, flat = gram_directions(W)
         k = self.options.protected(S, self.site.path)
         # All vectors of the shorter side are known: the rest of them may be the fewer.
         short, long = ("output", "input") if flat else ("input", "output")
