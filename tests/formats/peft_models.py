@@ -131,3 +131,19 @@ def check_both_ways(base: nn.Module, config: peft.PeftConfig, path: Path, rtol: 
 def close(got: Tensor, wanted: Tensor, rtol: float = 1e-5) -> None:
     error = (got - wanted).abs().max() / wanted.abs().max()
     assert error <= rtol, f"relative error {error:.2e}"
+
+
+def check_in_peft(
+    folder: Path, method: str, options: dict, *, moved: float = 1e-2, **where: object
+) -> None:
+    """An adapter of ours with random weights, saved for PEFT, gives PEFT's model our logits."""
+    base = llama()
+    adapter = plait.attach(base, method, **where, **options)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    expected = logits(base)
+    adapter.save(folder, format="peft")
+    plait.detach(base)
+    assert (logits(base) - expected).abs().max() > moved
+    close(loaded_by_peft(base, folder), expected, 2e-5)

@@ -7,7 +7,15 @@ from unittest import mock
 import pytest
 import torch
 from peft import BOFTConfig, HRAConfig, OFTConfig, RoadConfig
-from peft_models import check_both_ways, close, gpt2, llama, loaded_by_peft, logits, saved_by_peft
+from peft_models import (
+    check_both_ways,
+    check_in_peft,
+    close,
+    gpt2,
+    llama,
+    loaded_by_peft,
+    saved_by_peft,
+)
 from torch import nn
 
 import plait
@@ -105,16 +113,7 @@ OURS = [
 
 @pytest.mark.parametrize(("method", "options"), OURS)
 def test_ours_in_peft(tmp_path, method, options):
-    base = llama()
-    adapter = plait.attach(base, method, seed=0, **options)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    expected = logits(base)
-    adapter.save(tmp_path / "a", format="peft")
-    plait.detach(base)
-    assert (logits(base) - expected).abs().max() > 1e-3
-    close(loaded_by_peft(base, tmp_path / "a"), expected, 2e-5)
+    check_in_peft(tmp_path / "a", method, options, moved=1e-3, seed=0)
 
 
 @pytest.mark.parametrize("name", ["oft", "boft", "hra", "road 1"])

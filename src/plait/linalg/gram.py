@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def gram_directions(M: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Of M [..., m, n], in its dtype: (all singular vectors of the shorter side, as rows [..., q, q];
-    singular values [..., q], descending; whether that side is the rows' m).
+    """(All singular vectors of the shorter side of M [..., m, n], as rows [..., q, q]; singular
+    values [..., q], descending; whether that side is the rows' m), in M's dtype.
     """
     flat = M.shape[-2] <= M.shape[-1]
     values, vectors = torch.linalg.eigh(M @ M.mT if flat else M.mT @ M)
