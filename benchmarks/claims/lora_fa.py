@@ -2,6 +2,7 @@
 
 import torch
 from lab import Claim, Contender, at_most, compare, main
+from lab.memory import saved_bytes
 from lab.verdict import all_of
 from torch import nn
 
@@ -23,21 +24,6 @@ def measure(smoke: bool):
     return {"saved_ratio": kept["lora-fa"] / kept["lora"]} | {
         f"{label}_saved_mb": count / 1e6 for label, count in kept.items()
     }
-
-
-def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(kept.values())
 
 
 CLAIM = Claim(

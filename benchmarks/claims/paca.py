@@ -2,6 +2,7 @@
 
 import torch
 from lab import Claim, cpu_seconds, main, paired_ratio
+from lab.memory import saved_bytes
 from lab.verdict import all_of, at_most
 from torch import nn
 
@@ -13,22 +14,6 @@ def build(method: str, size: int, depth: int, **options):
     model = nn.Sequential(*(nn.Linear(size, size) for _ in range(depth))).requires_grad_(False)
     plait.attach(model, method, seed=0, **options)
     return model.train()
-
-
-def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of activations that backward keeps (weights and the input itself aside)."""
-    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(kept.values())
 
 
 def measure(smoke: bool):
