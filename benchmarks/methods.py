@@ -83,9 +83,10 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         if contender is not None:
             made[kind] = contender
             found[kind] = contender.facts
-    seconds = _rounds(made, args.rounds)
-    for kind, contender in made.items():
+    for kind, contender in made.items():  # the first step, which allocates
         found[kind]["flops"] = _flops(contender.step)
+    seconds = _rounds(made, args.rounds)
+    for kind in made:
         found[kind]["step_s"] = statistics.median(seconds[kind].values())
         for other in {"lora", "bound"} & seconds.keys():
             found[kind][f"over_{other}"] = _ratio(seconds[kind], seconds[other])
@@ -94,16 +95,13 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def _rounds(made: dict[str, Contender], rounds: int) -> dict[str, dict[int, float]]:
     """{contender: {round: CPU seconds}}; those that take far longer than the rest have only one."""
-    for contender in made.values():
-        contender.step()  # allocations
-    first = {kind: _seconds(contender.step) for kind, contender in made.items()}
-    slow = {kind for kind, s in first.items() if s > SLOW * first.get("lora", s)}
-    found: dict[str, dict[int, float]] = {kind: {} for kind in made}
+    found = {kind: {0: _seconds(contender.step)} for kind, contender in made.items()}
+    slow = {kind for kind, s in found.items() if s[0] > SLOW * found.get("lora", s)[0]}
     kinds = list(made)
-    for turn in range(rounds):
+    for turn in range(1, rounds):
         # Each starts a round in turn: what ran before leaves its mark on the caches.
         for kind in kinds[turn % len(kinds) :] + kinds[: turn % len(kinds)]:
-            if turn == 0 or kind not in slow:
+            if kind not in slow:
                 found[kind][turn] = _seconds(made[kind].step)
     return found
 
