@@ -154,6 +154,28 @@ def test_weights_may_be_tensors_that_learn(model: nn.Module) -> None:
         torch.testing.assert_close(weight.grad[i].double(), slope, rtol=1e-3, atol=1e-3)
 
 
+def test_sites_may_have_weights_of_their_own(model: nn.Module) -> None:
+    adapter = added(model, "a", 1, rank=2)
+    first, second = list(adapter.deltas)[:2]
+    gate = torch.tensor(0.3, requires_grad=True)
+    plait.activate(model, {"a": {first: gate, second: 0.0}})
+    parts = dict.fromkeys(adapter.deltas, 1.0) | {first: 0.3, second: 0.0}
+    reference = make_model("linear").double()
+    for path, weight in parts.items():
+        dense = adapter.deltas[path].dense().detach().double()
+        reference.get_submodule(path).weight.data += weight * dense
+    out = model(x()).logits
+    torch.testing.assert_close(out.double(), reference(x().double()).logits, atol=1e-5, rtol=1e-5)
+    out.square().sum().backward()
+    assert gate.grad is not None and gate.grad != 0
+    plait.activate(model, "a")
+    plain = model(x()).logits
+    plait.activate(model, {"a": {}})  # a site that is not named has weight 1
+    torch.testing.assert_close(model(x()).logits, plain)
+    with pytest.raises(plait.PlaitError, match="unknown site"):
+        plait.activate(model, {"a": {"layers.99": 1.0}})
+
+
 def test_activate_takes_a_name_several_or_a_mapping(model: nn.Module) -> None:
     adapters = {"a": added(model, "a", 1, rank=2), "b": added(model, "b", 2, rank=2)}
     base = make_model("linear")(x()).logits

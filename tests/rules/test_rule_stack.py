@@ -18,7 +18,7 @@ class WithSgd(plait.Rule):
 def test_two_rules_that_bring_an_optimiser_are_refused() -> None:
     model = make_stack()
     plait.attach(model, "lora", rank=2, seed=0)
-    with pytest.raises(plait.PlaitError, match="LoraPro and WithSgd"):
+    with pytest.raises(plait.PlaitError, match="LoraPro and WithSgd each bring an optimiser"):
         plait.RuleStack(model, [LoraPro(moments="full"), WithSgd()])
 
 
@@ -27,3 +27,23 @@ def test_one_rule_s_optimiser_is_taken() -> None:
     plait.attach(model, "lora", rank=2, seed=0)
     run = plait.RuleStack(model, ["lora-plus", WithSgd()])
     assert type(run.optimizer) is torch.optim.SGD
+
+
+class Frees(plait.Rule):
+    claims = frozenset({"ranks"})
+
+
+class Remembers(plait.Rule):
+    keeps_shapes = True
+
+
+def test_rules_with_one_claim_or_with_clashing_states_are_refused_by_their_declarations() -> None:
+    model = make_stack()
+    plait.attach(model, "lora", rank=2, seed=0)
+    plait.RuleStack(model, [Frees(), "lora-plus"])
+    with pytest.raises(plait.PlaitError, match="Frees and Frees each change ranks"):
+        plait.RuleStack(model, [Frees(), Frees()])
+    with pytest.raises(plait.PlaitError, match=r"Remembers keeps a state .* rule Frees"):
+        plait.RuleStack(model, [Frees(), Remembers()])
+    with pytest.raises(plait.PlaitError, match="LoraPro and LoraFa each replace"):
+        plait.RuleStack(model, ["lora-pro", "lora-fa"])

@@ -13,15 +13,20 @@ from plait.adapter.delta import Delta
 from plait.adapter.plans import Fused, Weight, choose_plan
 from plait.adapter.siblings import link_siblings
 from plait.adapter.state import ModelState, find_state, get_state
-from plait.errors import PlaitError
+from plait.errors import PlaitError, unknown
 
 _KEPT_PLANS = 64
 
 
-def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, Weight]) -> None:
+Weights = Weight | Mapping[str, Weight]
+"""One weight for a whole adapter, or {site path: weight}; a site that is not named has weight 1."""
+
+
+def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, Weights]) -> None:
     """Choose the active adapters: a name, several, or `{name: weight}`; `{}` is the base model.
 
-    The adapted output is base + sum of weight x change; a weight may be a tensor with a gradient.
+    The adapted output is base + sum of weight x change; a weight may be a tensor with a gradient,
+    and a mapping gives sites weights of their own: `{name: {"layers.0.up_proj": 0.5}}`.
     Which adapters train is another matter (`adapter.requires_grad_`). The cost does not depend on
     what else is attached, and switching back to an earlier choice is a matter of microseconds.
     """
@@ -33,10 +38,11 @@ def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, Weig
         set_active(model, adapters)
 
 
-def set_active(model: nn.Module, adapters: Mapping[str, Weight]) -> None:
+def set_active(model: nn.Module, adapters: Mapping[str, Weights]) -> None:
     state = get_state(model)
     refuse_fused(state, "activate")
     chosen = {name: state.adapter(name) for name in adapters}
+    _check_paths(chosen, adapters)
     _check_edits(chosen, adapters)
     before = list(state.active)
     for name in before:
@@ -61,7 +67,7 @@ def install_plans(state: ModelState, plans: list[tuple[nn.Module, Any]]) -> None
 def _plans(state: ModelState) -> list[tuple[nn.Module, Any]]:
     """The plans of what is active; those of plain choices are kept for the next time."""
     weights = list(state.active.items())
-    plain = not any(isinstance(weight, Tensor) for _, weight in weights)
+    plain = not any(isinstance(weight, Tensor | Mapping) for _, weight in weights)
     key = tuple(weights) if plain else None
     if key is not None and key in state.plans:
         return state.plans[key]
@@ -78,8 +84,9 @@ def entries_by_module(state: ModelState) -> list[tuple[nn.Module, list[tuple[Del
     """Every module that something active acts on, with its deltas and their weights."""
     found: dict[nn.Module, list[tuple[Delta, Weight]]] = {}
     for name, weight in state.active.items():
-        for delta in state.adapters[name].deltas.values():
-            found.setdefault(delta.site.base, []).append((delta, weight))
+        for path, delta in state.adapters[name].deltas.items():
+            here = weight.get(path, 1.0) if isinstance(weight, Mapping) else weight
+            found.setdefault(delta.site.base, []).append((delta, here))
     return list(found.items())
 
 
@@ -109,11 +116,20 @@ def base_weights(model: nn.Module) -> Iterator[None]:
                 _notify(adapter, on=True)
 
 
-def _check_edits(chosen: Mapping[str, Adapter], weights: Mapping[str, Weight]) -> None:
+def _check_paths(chosen: Mapping[str, Adapter], weights: Mapping[str, Weights]) -> None:
+    for name, adapter in chosen.items():
+        weight = weights[name]
+        for path in weight if isinstance(weight, Mapping) else ():
+            if path not in adapter.deltas:
+                raise unknown("site", path, adapter.deltas, where=f"adapter {name!r}")
+
+
+def _check_edits(chosen: Mapping[str, Adapter], weights: Mapping[str, Weights]) -> None:
     for name, adapter in chosen.items():
         if not any(d.traits.edits_base for d in adapter.deltas.values()):
             continue
-        if len(chosen) > 1 or isinstance(weights[name], Tensor) or weights[name] != 1:
+        weight = weights[name]
+        if len(chosen) > 1 or isinstance(weight, Tensor | Mapping) or weight != 1:
             raise PlaitError(
                 f"adapter {name!r} ({adapter.method.name}) rewrites base weights while active, so "
                 "it must be active alone and at weight 1; convert it with to_lora() to combine it."

@@ -85,6 +85,8 @@ class Method:
 
     Without it the kit asks for `rank=2` where the options have a rank, and defaults elsewhere.
     """
+    rule_example: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the rule at which a run of six steps shows what it does, for the test kit."""
     example_context: Mapping[str, Any] = field(default_factory=dict)
     """What `plait.routing` must be given before a forward of this method (`{"task": 1}`)."""
 

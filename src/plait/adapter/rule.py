@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from plait.adapter.adapter import Adapter
 from plait.adapter.method import Method
 from plait.adapter.registry import get_method
 from plait.adapter.state import find_state
+from plait.adapter.together import conflicts
 from plait.errors import PlaitError, unknown
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -46,6 +47,8 @@ class Run:
     step: int = 0
     """Optimiser steps done."""
     optimizer: torch.optim.Optimizer | None = None
+    validation: Sequence[Any] | None = None
+    """Batches for rules that learn on held-out data (what the model is called with)."""
 
     def pairs(self) -> list[Any]:
         return [p for a in self.adapters for p in a.pairs()]
@@ -65,11 +68,15 @@ class Rule:
     The defaults do nothing, so that a rule overrides only what it is about.
     """
 
-    needs_adapter: ClassVar[bool] = True
-    needs_pairs: ClassVar[bool] = False
+    needs_adapter: bool = True
+    needs_pairs: bool = False
     """Every delta must offer (A, B) pairs."""
-    resizes: ClassVar[bool] = False
-    """Changes ranks during training (refused beside a rule that keeps per-shape state)."""
+    claims: frozenset[str] = frozenset()
+    """What no other rule of the run may have: keys of `plait.adapter.together.CLAIMS`."""
+    keeps_shapes: bool = False
+    """Keeps a state of the parameters' shapes outside the optimiser from step to step."""
+    splits_batches: bool = True
+    """Micro-batches that are accumulated give the step of the whole batch."""
     run: Run
 
     def check(self, run: Run) -> None:
@@ -161,7 +168,10 @@ class RuleStack:
         model: with the adapters that train attached and active.
         rules: names, `{name: options}` or instances. A rule that an adapter's method brings (as
             `adalora` does) comes first by itself, with its defaults, unless it is in the list.
-        optimizer: makes the optimiser from parameter groups; None is torch's AdamW.
+        optimizer_factory: makes the optimiser from parameter groups; None is torch's AdamW.
+        validation: batches (what `model` is called with) for rules that learn on held-out data.
+
+    Raises PlaitError where a rule cannot work on these adapters, or two rules not together.
     """
 
     model: nn.Module
@@ -171,6 +181,7 @@ class RuleStack:
     total_steps: int | None = None
     seed: int = 0
     optimizer_factory: OptimizerFactory | None = None
+    validation: Sequence[Any] | None = None
     run: Run = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
 
@@ -186,7 +197,10 @@ class RuleStack:
             self.weight_decay,
             self.total_steps,
             self.seed,
+            validation=self.validation,
         )
+        for reason in conflicts(self.rules):
+            raise PlaitError(reason)
         for rule in self.rules:
             rule.check(self.run)
         for rule in self.rules:
@@ -196,13 +210,7 @@ class RuleStack:
         self.run.optimizer = self.optimizer
 
     def _wanted_optimizer(self) -> OptimizerFactory | None:
-        wanted = [(type(r).__name__, f) for r in self.rules if (f := r.optimizer()) is not None]
-        if len(wanted) > 1:
-            names = " and ".join(name for name, _ in wanted)
-            raise PlaitError(
-                f"rules {names} each bring an optimiser of their own; keep one of them."
-            )
-        return wanted[0][1] if wanted else None
+        return next((f for rule in self.rules if (f := rule.optimizer()) is not None), None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's groups after every rule had its say; each trained tensor once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from plait.adapter.adapted import HiddenModules
 from plait.adapter.adapter import Adapter
@@ -22,7 +22,7 @@ class ModelState:
 
     model: nn.Module
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    active: dict[str, float | Tensor] = field(default_factory=dict)
+    active: dict[str, Any] = field(default_factory=dict)  # {name: weight, or weights by site}
     context: Context = field(default_factory=Context)
     trained_base: list[nn.Parameter] = field(default_factory=list)
     """Base parameters that `attach` froze; detaching the last adapter lets them train again."""

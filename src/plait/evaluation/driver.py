@@ -128,9 +128,16 @@ def _choices(
     return chosen
 
 
-def _active(model: Any) -> dict[str, float]:
+def _active(model: Any) -> dict[str, Any]:
     state = find_state(model)
-    return {} if state is None else {n: float(w) for n, w in state.active.items()}
+    return {} if state is None else {n: _number(w) for n, w in state.active.items()}
+
+
+def _number(weight: Any) -> Any:
+    """A weight, or weights by site, as plain numbers."""
+    if isinstance(weight, Mapping):
+        return {path: float(w) for path, w in weight.items()}
+    return float(weight)
 
 
 def _steps(questions: Sequence[Question], metrics: Sequence[str], generates: bool) -> int:

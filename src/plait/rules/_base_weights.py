@@ -41,6 +41,7 @@ class FullTraining(Rule):
     """Every base weight trains: what `method: none` means when no rule says otherwise."""
 
     needs_adapter = False
+    claims = frozenset({"base"})
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -53,7 +53,7 @@ class Adalora(Rule):
     shrink: Literal["final", "always", "end"] = "final"
     """When dropped triplets leave memory: at T - t_f, at each pruning, or after the run."""
 
-    resizes = True
+    claims = frozenset({"ranks"})
 
     def __post_init__(self) -> None:
         check_choices(self, "adalora")

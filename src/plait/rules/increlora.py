@@ -53,7 +53,7 @@ class Increlora(Rule):
     orthogonal: float = 0.1
     """Weight of the mean over sites of ||A A^T - I|| + ||B^T B - I||; the paper has 0.1 to 0.5."""
 
-    resizes = True
+    claims = frozenset({"ranks"})
 
     def check(self, run: Run) -> None:
         super().check(run)
@@ -146,5 +146,6 @@ METHOD = Method(
     options=GatedOptions,
     delta=GatedDelta,
     rule=Increlora,
+    rule_example={"target_rank": 2, "warmup": 2, "interval": 1, "top_h": 20},
     count=per_site(gated_count),
 )

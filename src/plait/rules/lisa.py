@@ -41,6 +41,9 @@ class Lisa(Rule):
 
     needs_adapter = False
 
+    def __post_init__(self) -> None:
+        self.claims = frozenset({"base"} if self.over == "base" else ())
+
     def check(self, run: Run) -> None:
         if self.over not in ("base", "adapters"):
             raise PlaitError(f"lisa: over is {self.over!r}; use 'base' or 'adapters'.")
@@ -146,4 +149,5 @@ METHOD = Method(
     paper="Pan et al., 2024, arXiv 2403.17919",
     axis="rule",
     rule=Lisa,
+    rule_example={"blocks": 1, "interval": 2},
 )

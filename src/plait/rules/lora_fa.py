@@ -33,6 +33,7 @@ class LoraFa(Rule):
     """Added to A A^T, relative to its greatest eigenvalue (never below the dtype's epsilon)."""
 
     needs_pairs = True
+    claims = frozenset({"gradients"})
 
     def __post_init__(self) -> None:
         if self.damping < 0:

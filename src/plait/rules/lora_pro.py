@@ -95,9 +95,11 @@ class LoraPro(Rule):
     """Of the full form's moments in memory; the paper's code keeps them in bfloat16."""
 
     needs_pairs = True
+    claims = frozenset({"gradients"})
 
     def __post_init__(self) -> None:
         check_choices(self, "lora-pro")
+        self.keeps_shapes = self.moments == "full"
 
     def setup(self, run: Run) -> None:
         super().setup(run)

@@ -29,8 +29,9 @@ from plait.adapter import Method, Rule, Run, per_site
 from plait.adapter.seeds import generator
 from plait.errors import PlaitError
 from plait.methods._blocks import FEED_FORWARD
+from plait.rules._base_weights import refuse_several_processes
+from plait.rules._passes import Passes, symmetric_kl
 from plait.rules._sparse_experts import MosaDelta, MosaOptions, mosa_count
-from plait.rules._two_passes import SecondPass
 
 
 @dataclass
@@ -53,10 +54,14 @@ class Mosa(Rule):
                 "checkpointing."
             )
 
+        if self.kl:
+            why = "runs other experts in its second pass than in the first (`kl: 0` leaves it out)"
+            refuse_several_processes("Mosa", why)
+
     def setup(self, run: Run) -> None:
         super().setup(run)
         self._deltas = _deltas(run)
-        self._second = SecondPass(run.model) if self.kl else None
+        self._passes = Passes(run.model) if self.kl else None
         self._draw("first")
 
     def _draw(self, which: str) -> None:
@@ -66,14 +71,14 @@ class Mosa(Rule):
             delta.draw(g)
 
     def extra_loss(self) -> Tensor | None:
-        if self._second is None:
+        if self._passes is None or (first := self._passes.take()) is None:
             return None
         self._draw("second")
         try:
-            divergence = self._second.divergence()
+            second = self._passes.again(first)
         finally:
             self._draw("first")  # for this step's next micro-batch
-        return None if divergence is None else self.kl * divergence
+        return self.kl * symmetric_kl(first.predictions(), first.predictions(second))
 
     def after_step(self) -> None:
         self._draw("first")
@@ -81,8 +86,8 @@ class Mosa(Rule):
     def finish(self) -> None:
         for delta in self._deltas:
             delta.active = {}
-        if self._second is not None:
-            self._second.close()
+        if self._passes is not None:
+            self._passes.close()
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         super().load_state_dict(state)

@@ -37,6 +37,7 @@ from plait.adapter import (
 )
 from plait.adapter.rule import training_adapters, with_own_rules
 from plait.adapter.targets import base_modules
+from plait.adapter.together import conflicts
 from plait.errors import PlaitError
 from plait.rules._base_weights import FullTraining, base_parameters
 from plait.training.recipe import Recipe
@@ -143,12 +144,7 @@ def _refusals(model: nn.Module, recipe: Recipe, rules: Sequence[Rule]) -> list[s
         except PlaitError as e:
             if total is not None or "total_steps" not in str(e):
                 found.append(str(e))
-    names = [type(rule).__name__ for rule in rules if rule.optimizer() is not None]
-    if len(names) > 1:
-        found.append(f"rules {' and '.join(names)} each bring an optimiser; keep one of them.")
-    if recipe.method == "none" and len([r for r in rules if not r.needs_adapter]) > 1:
-        found.append("several rules train base weights; keep one of them.")
-    return found
+    return found + conflicts(rules)
 
 
 def _facts(

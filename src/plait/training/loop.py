@@ -75,9 +75,17 @@ class PlaitTrainer(Trainer):
                 weight_decay=self.recipe.weight_decay,
                 total_steps=self.args.max_steps,
                 seed=self.recipe.seed,
+                validation=self._validation(),
             )
             self.optimizer = self.stack.optimizer
         return self.optimizer
+
+    def _validation(self) -> HeldOut | None:
+        rows: Any = self.eval_dataset
+        if rows is None:
+            return None
+        size = self.args.per_device_train_batch_size
+        return HeldOut(rows, size, self.data_collator, self.args.device)
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -199,6 +207,22 @@ def padding_mask(inputs: Any) -> Tensor | None:
     """The mask [batch, length] of real tokens; None for packed rows (hardly any padding)."""
     mask = inputs.get("attention_mask")
     return mask if mask is not None and mask.dim() == 2 else None
+
+
+class HeldOut(Sequence[Any]):
+    """The evaluation rows in batches, made when they are asked for."""
+
+    def __init__(self, rows: Any, size: int, collate: Any, device: torch.device) -> None:
+        self.rows, self.size, self.collate, self.device = rows, size, collate, device
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        chosen = [self.rows[i] for i in range(len(self.rows))[index * self.size :][: self.size]]
+        return {name: value.to(self.device) for name, value in self.collate(chosen).items()}
 
 
 class RuleHooks(TrainerCallback):

@@ -1,0 +1,123 @@
+"""The training passes of a model, remembered so that a rule can look at one or repeat it.
+
+A rule's `extra_loss` sees no batch. `Passes` keeps what the last training forward was called on
+and what it answered; a rule may run the model once more (on the same batch, on another one) and
+that pass is not remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.errors import PlaitError
+
+IGNORE = -100
+"""The label of positions without one, as in PyTorch and transformers."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One training forward: `model(*args, **kwargs)` gave `output`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def predictions(self, output: Any = None) -> Tensor:
+        """Logits [n, classes] of what has a label: of this pass, or of another on its batch.
+
+        A prompt's and padding's positions are left out, as a causal model's loss leaves them out;
+        without labels by name everything counts.
+        """
+        logits = logits_of(self.output if output is None else output)
+        wanted = self._labelled(logits)
+        return logits.flatten(0, -2) if wanted is None else logits[wanted]
+
+    def _labelled(self, logits: Tensor) -> Tensor | None:
+        shifted, labels = self.kwargs.get("shift_labels"), self.kwargs.get("labels")
+        if shifted is None and isinstance(labels, Tensor) and labels.dim() == 2:
+            shifted = nn.functional.pad(labels, (0, 1), value=IGNORE)[:, 1:]
+        if not isinstance(shifted, Tensor) or shifted.shape != logits.shape[:-1]:
+            return None
+        return shifted != IGNORE
+
+
+class Passes:
+    """Remembers the last training forward of `model`; `close` takes the hook off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._last: Pass | None = None
+        self._quiet = False
+        self._handle = model.register_forward_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module.training and torch.is_grad_enabled() and not self._quiet:
+            self._last = Pass(args, kwargs, output)
+
+    def take(self) -> Pass | None:
+        """The last training forward since the last call, or None; it is forgotten here."""
+        last, self._last = self._last, None
+        return last
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Forwards within the block are a rule's own and not remembered."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def again(self, done: Pass) -> Any:
+        """The model's answer to the same batch once more; what is random is drawn anew."""
+        with self.quiet():
+            return self.model(*done.args, **done.kwargs)
+
+    def close(self) -> None:
+        self._last = None
+        self._handle.remove()
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """`model` on one batch: a mapping by name, a tuple or list by position, or its one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss that a model answered with: its `.loss`, or the answer itself where it is one."""
+    found = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if not isinstance(found, Tensor) or found.dim() > 0:
+        raise PlaitError(
+            f"the model's output ({type(output).__name__}) has no loss; give batches with labels "
+            "to a model whose forward returns one."
+        )
+    return found
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits [..., classes] that a model answered with."""
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor) or found.dim() < 1:
+        raise PlaitError(
+            f"the model's output ({type(output).__name__}) has no logits to compare between two "
+            "passes; let forward return logits, or leave the loss over them out."
+        )
+    return found
+
+
+def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:
+    """(KL(p || q) + KL(q || p)) / 2 of logits [..., classes], averaged, in float32 or wider."""
+    wide = torch.promote_types(first.dtype, torch.float32)
+    p, q = (logits.to(wide).log_softmax(-1) for logits in (first, second))
+    return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
