@@ -163,3 +163,40 @@ def test_a_quantised_base_is_not_fused_into() -> None:
     with pytest.raises(PlaitError, match="quantised"):
         plait.fuse(model)
     plait.detach(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sparse_change_is_written_into_the_weight_itself_and_taken_back_bit_for_bit(
+    dtype,
+) -> None:
+    model = make_model("linear", dtype)
+    sparse = [plait.attach(model, "shira", name=n, seed=s, density=0.1) for s, n in enumerate("ab")]
+    for adapter in sparse:
+        perturb(adapter, 3)
+    plait.activate(model, {"a": 1.0, "b": 0.5})
+    base = {n: p.clone() for n, p in model.named_parameters()}
+    storage = {n: p.data_ptr() for n, p in model.named_parameters()}
+    plait.fuse(model)
+    for path, delta in sparse[0].deltas.items():
+        weight = model.get_submodule(path).weight
+        assert weight.data_ptr() == storage[f"{path}.weight"]
+        change = delta.dense() + 0.5 * sparse[1].deltas[path].dense()
+        wanted = base[f"{path}.weight"].double() + change.double()
+        close = (
+            {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
+        )
+        torch.testing.assert_close(weight.double(), wanted, **close)
+    plait.unfuse(model)
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters())
+
+
+def test_a_sparse_change_of_a_tied_weight_goes_to_the_fused_module_alone() -> None:
+    model = nn.Module()
+    model.one, model.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+    model.two.weight = model.one.weight
+    tied = model.two.weight.clone()
+    perturb(plait.attach(model, "shira", targets=["one"], seed=0, density=0.2))
+    plait.fuse(model)
+    assert torch.equal(model.two.weight, tied) and not torch.equal(model.one.weight, tied)
+    plait.unfuse(model)
+    assert torch.equal(model.one.weight, tied)

@@ -138,6 +138,10 @@ class Delta(nn.Module):
         """dW as an exact LowRank, or None."""
         return None
 
+    def sparse(self) -> tuple[Tensor, Tensor] | None:
+        """dW as distinct positions in the flattened W and the values there, or None."""
+        return None
+
     def bias(self) -> Tensor | None:
         """The change of the bias [out], or None."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def fuse(model: nn.Module, *, keep_base: bool = True) -> None:
     The old parameters are kept aside (one copy of the touched weights) so that `unfuse` is an
     exchange of pointers and exact; `keep_base=False` saves that memory and cannot be undone. A
     fused weight is a new parameter, so a tied one (embedding and head) is untied at the fused
-    module only.
+    module only. A sparse change is written into W itself, and only what it overwrites is kept.
 
     Raises PlaitError when an active delta is not linear in its input, or the base is quantised.
     """
@@ -31,15 +32,20 @@ def fuse(model: nn.Module, *, keep_base: bool = True) -> None:
     for _, entries in plans:
         for delta, _ in entries:
             _check_fusable(delta)
-    record: dict[str, Any] = {"old": [], "kept": keep_base}
+    record: dict[str, Any] = {"old": [], "overwritten": [], "kept": keep_base}
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     with torch.no_grad():
         for module, entries in plans:
+            if _written_in_place(entries, uses):
+                record["overwritten"] += [_write(*entry) for entry in entries]
+                module.__dict__["_plait_plan"] = None
+                continue
             for name, value in _fused_values(entries).items():
                 record["old"].append((module, name, module._parameters.get(name)))
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))
             module.__dict__["_plait_plan"] = None
     if not keep_base:
-        record["old"] = []
+        record["old"], record["overwritten"] = [], []
     state.fused = record
 
 
@@ -54,6 +60,9 @@ def unfuse(model: nn.Module) -> None:
         )
     for module, name, old in state.fused["old"]:
         module._parameters[name] = old
+    with torch.no_grad():
+        for flat, positions, values in reversed(state.fused["overwritten"]):
+            flat.index_copy_(0, positions, values)
     state.fused = None
     set_active(model, state.active)
 
@@ -74,6 +83,26 @@ def _check_fusable(delta: Delta) -> None:
         raise PlaitError(f"the base at {path!r} is quantised; dequantise it before fusing.")
     if hasattr(weight, "full_tensor"):
         raise PlaitError(f"the weight at {path!r} is sharded; gather the model before fusing.")
+
+
+def _written_in_place(entries: list[tuple[Delta, Weight]], uses: Counter[int]) -> bool:
+    """All changes are sparse, and W is one parameter of this module alone, stored as it is."""
+    weight = entries[0][0].site.weight()
+    own = getattr(entries[0][0].site.base, "weight", None)
+    if not isinstance(own, nn.Parameter) or uses[id(own)] > 1 or not weight.is_contiguous():
+        return False
+    return all(d.sparse() is not None and d.bias() is None for d, _ in entries)
+
+
+def _write(delta: Delta, scale: Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """Add one sparse change to W; returns W's flat view, the positions and what stood there."""
+    found = delta.sparse()
+    assert found is not None
+    flat, positions = delta.site.weight().detach().view(-1), found[0].long()
+    old = flat[positions]
+    wide = torch.promote_types(old.dtype, torch.float32)
+    flat.index_copy_(0, positions, (old.to(wide) + scale * found[1].to(wide)).to(old.dtype))
+    return flat, positions, old
 
 
 def _fused_values(entries: list[tuple[Delta, Weight]]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ dW is zero but at p fixed positions, whose values [p] start at 0: training start
 columns and the diagonal, which makes dW full-rank; from the seed too), "wm" (the largest |W|),
 "grad" and "snip" (the largest |g| and |W g| of calibration batches, through `MaskFromGradient`).
 The product is a sparse one, beside any base, and backward samples g^T x at the p positions: no
-copy of W and no dense dW exists. Devices without sparse products form dW instead.
+copy of W and no dense dW exists, and fusing writes (and gives back) those p entries. Devices without sparse products form dW instead.
 Paper: Bhardwaj et al., 2024, arXiv 2406.13175. Parameters: p a site (density, or r (in + out)).
 """
 
@@ -87,6 +87,9 @@ class ShiraDelta(Delta):
     def dense(self) -> Tensor:
         flat = self.values.new_zeros(math.prod(self.site.shape))
         return flat.index_copy(0, self.indices.long(), self.values).view(self.site.shape)
+
+    def sparse(self) -> tuple[Tensor, Tensor]:
+        return self.indices, self.values
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         if self.site.kind == "conv" or plain_path(x, self.values) or not has_sparse(x.device):
