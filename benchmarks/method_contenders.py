@@ -178,6 +178,8 @@ def budget_options(
 
 # -- PEFT -----------------------------------------------------------------------------------------
 
+PEFT_OPTIONS = {"delora": {"start": "zero"}}
+"""Options without which PEFT has no form of a method (its DeLoRA subtracts no start)."""
 STARTS = {"pissa": "pissa_niter_4", "olora": "olora"}
 """Initialisers that PEFT knows under a name and without data."""
 
@@ -229,7 +231,7 @@ def _peft_config(base: nn.Module, name: str, options: dict[str, Any]) -> Any:
     if method.peft is None:
         return None
     model = copy.deepcopy(base)
-    adapter = plait.attach(model, method, seed=0, **options)
+    adapter = plait.attach(model, method, seed=0, **PEFT_OPTIONS.get(name, {}), **options)
     with tempfile.TemporaryDirectory() as folder:
         config = PeftConfig.from_pretrained(str(adapter.save(Path(folder) / "a", format="peft")))
     config.inference_mode = False

@@ -39,8 +39,8 @@ CLAIM = Claim(
     judge=lambda found: at_most(
         1 / found["measured"]["lora_over_shira"], 0.2, "SHiRA's switch over LoRA's"
     ),
-    note="both are taken out exactly: LoRA's fuse makes a new weight and keeps the old one, SHiRA's "
-    "writes its entries into W and keeps those that it overwrote.",
+    note="both are taken out exactly: LoRA's fuse makes a new weight and keeps the old one, "
+    "SHiRA's writes its entries into W and keeps those that it overwrote.",
 )
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def _write(delta: Delta, scale: Weight) -> tuple[Tensor, Tensor, Tensor]:
     found = delta.sparse()
     assert found is not None
     flat, positions = delta.site.weight().detach().view(-1), found[0].long()
-    old = flat[positions]
+    old = flat.index_select(0, positions)  # several times faster than indexing
     wide = torch.promote_types(old.dtype, torch.float32)
     flat.index_copy_(0, positions, (old.to(wide) + scale * found[1].to(wide)).to(old.dtype))
     return flat, positions, old

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
 
@@ -22,12 +23,27 @@ from plait.kernels._gate import compute_dtype, exact_dtypes, plain_path
 def granular_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """y [..., out] + scale * the change for x [..., in], in y's dtype."""
     if plain_path(y, x, A, B):
-        k, size, r = A.shape
-        u = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (k, size)), A.to(x.dtype))
-        v = u.unflatten(-1, (k, r // k)).transpose(-3, -2).flatten(-2)
-        change = torch.einsum("...jr,jro->...jo", v, B.to(x.dtype)).flatten(-2)
-        return y + (scale * change).to(y.dtype)
-    return _GranularAdd.apply(y, x, A, B, scale, compute_dtype(x))
+        return y + (scale * _change(x, A, B)).to(y.dtype)
+    return _Granular.apply(y, x, A, B, None, None, scale, compute_dtype(x))
+
+
+def granular_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """x W^T + b + scale * the change, in one node: nothing is added to a tensor of x's or y's size
+    in a pass of its own. W [out, in] and b are frozen for that."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or plain_path(x, weight, A, B):
+        y = F.linear(x, weight, bias)
+        return y + (scale * _change(x, A, B)).to(y.dtype)
+    return _Granular.apply(None, x, A, B, weight, bias, scale, compute_dtype(x, weight))
+
+
+def _change(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    k, size, r = A.shape
+    u = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (k, size)), A.to(x.dtype))
+    v = u.unflatten(-1, (k, r // k)).transpose(-3, -2).flatten(-2)
+    return torch.einsum("...jr,jro->...jo", v, B.to(x.dtype)).flatten(-2)
 
 
 def _exchange(u: Tensor) -> Tensor:
@@ -36,39 +52,44 @@ def _exchange(u: Tensor) -> Tensor:
     return u.view(k, k, r // k, tokens).transpose(0, 1).reshape(k, r, tokens)
 
 
-class _GranularAdd(Function):
+class _Granular(Function):
     @staticmethod
-    def forward(ctx: Any, y, x, A, B, scale, dtype):
+    def forward(ctx: Any, y, x, A, B, weight, bias, scale, dtype):
         k, size, r = A.shape
         rows = x.to(dtype).reshape(-1, k * size)
-        out = y.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        flat = out.view(-1, out.shape[-1])
         u = rows.new_empty(k, r, len(rows))
         with exact_dtypes(x.device.type):
+            if y is None:
+                b = None if bias is None else bias.to(dtype)
+                out = F.linear(x.to(dtype), weight.to(dtype), b)
+            else:
+                out = y.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            flat = out.view(-1, out.shape[-1])
             for n, (a, part) in enumerate(zip(A.to(dtype), rows.chunk(k, 1), strict=True)):
                 torch.mm(a.t(), part.t(), out=u[n])
             v = _exchange(u)
             for j, (b, part) in enumerate(zip(B.to(dtype), flat.chunk(k, 1), strict=True)):
                 part.addmm_(v[j].t(), b, alpha=scale)
-        ctx.save_for_backward(rows, v, A, B)
+        ctx.save_for_backward(rows, v, A, B, weight)
         ctx.settings = scale, dtype, x.shape, x.dtype
-        return out.to(y.dtype)
+        return out if y is None else out.to(y.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        rows, v, A, B = ctx.saved_tensors
+        rows, v, A, B, weight = ctx.saved_tensors
         scale, dtype, x_shape, x_dtype = ctx.settings
         k = len(A)
         g = grad.to(dtype).reshape(-1, grad.shape[-1])
-        dv, grad_B = torch.empty_like(v), torch.empty_like(B)
-        grad_x, grad_A = torch.empty_like(rows), torch.empty_like(A)
+        dv, grad_B, grad_A = torch.empty_like(v), torch.empty_like(B), torch.empty_like(A)
         with exact_dtypes(g.device.type):
             for j, (b, part) in enumerate(zip(B.to(dtype), g.chunk(k, 1), strict=True)):
                 dv[j].addmm_(b, part.t(), beta=0, alpha=scale)
                 grad_B[j] = v[j].mm(part).mul_(scale)
             du = _exchange(dv)
+            grad_x = rows.new_zeros(rows.shape) if weight is None else g.mm(weight.to(dtype))
             for n, (a, part) in enumerate(zip(A.to(dtype), rows.chunk(k, 1), strict=True)):
                 grad_A[n] = du[n].mm(part).t()
-                grad_x.chunk(k, 1)[n].copy_(du[n].t().mm(a.t()))
-        return grad, grad_x.view(x_shape).to(x_dtype), grad_A, grad_B, None, None
+                grad_x.chunk(k, 1)[n].addmm_(du[n].t(), a.t())
+        grad_y = grad if weight is None else None
+        return grad_y, grad_x.view(x_shape).to(x_dtype), grad_A, grad_B, None, None, None, None

@@ -23,8 +23,9 @@ from plait import kernels
 from plait.adapter import Delta, Method, Options, first_input, per_site
 from plait.errors import PlaitError
 from plait.linalg import LowRank
+from plait.methods._folded import has_plain_weight
 from plait.methods._gralora_peft import GRALORA_CODEC
-from plait.methods._granular import granular_add
+from plait.methods._granular import granular_add, granular_linear
 from plait.methods._ranges import check_ranges
 
 
@@ -77,19 +78,24 @@ class GraloraDelta(Delta):
 
     def adapt(self, *args: Any, **kwargs: Any) -> Any:
         x = first_input(args, kwargs)
-        return self._add(self.site.forward(*args, **kwargs), x)
+        if self.dropout or not has_plain_weight(self.site):
+            return self._add(self.site.forward(*args, **kwargs), x)
+        weight, bias = self.site.weight(), self.site.bias()
+        y = granular_linear(x, weight, bias, self.A, self.B, self.options.scaling)
+        return self._add_hybrid(y, x)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self._add(x.new_zeros(*x.shape[:-1], self.site.out_features), x)
 
     def _add(self, y: Tensor, x: Tensor) -> Tensor:
-        scale = self.options.scaling
         x = F.dropout(x, self.dropout) if self.dropout else x
-        y = granular_add(y, x, self.A, self.B, scale)
+        return self._add_hybrid(granular_add(y, x, self.A, self.B, self.options.scaling), x)
+
+    def _add_hybrid(self, y: Tensor, x: Tensor) -> Tensor:
         if not self.options.hybrid_rank:
             return y
         A, B = self.get_parameter("A_all"), self.get_parameter("B_all")
-        return kernels.lora_add(y, x, A, B, scale)
+        return kernels.lora_add(y, x, A, B, self.options.scaling)
 
     def factors(self) -> LowRank | None:
         """Both products as block-diagonal matrices, of inner size k r, for export."""

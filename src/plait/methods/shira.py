@@ -7,7 +7,8 @@ dW is zero but at p fixed positions, whose values [p] start at 0: training start
 columns and the diagonal, which makes dW full-rank; from the seed too), "wm" (the largest |W|),
 "grad" and "snip" (the largest |g| and |W g| of calibration batches, through `MaskFromGradient`).
 The product is a sparse one, beside any base, and backward samples g^T x at the p positions: no
-copy of W and no dense dW exists, and fusing writes (and gives back) those p entries. Devices without sparse products form dW instead.
+copy of W and no dense dW exists. Fusing writes p entries of W, and takes them back as they were.
+Devices without sparse products form dW instead.
 Paper: Bhardwaj et al., 2024, arXiv 2406.13175. Parameters: p a site (density, or r (in + out)).
 """
 
