@@ -25,6 +25,7 @@ from torch import nn
 import plait
 from plait.adapter import Method, Site
 from plait.adapter.build import choose_deltas
+from plait.rules._base_weights import FullTraining
 
 REFERENCE = {"rank": 8}
 TOTAL_STEPS = 1000
@@ -82,7 +83,9 @@ def ours(base: nn.Module, batch: dict[str, Any], name: str, options: dict[str, A
         facts |= seconds
         context = own.example_context
         facts["file_bytes"] = _file_bytes(adapter)
-    run = plait.RuleStack(model.train(), rules, lr=1e-4, total_steps=TOTAL_STEPS)
+    run = plait.RuleStack(
+        model.train(), rules, lr=1e-4, total_steps=TOTAL_STEPS, validation=[batch]
+    )
     facts["parameters"] = _trained(run.optimizer)
 
     def step() -> None:
@@ -91,6 +94,18 @@ def ours(base: nn.Module, batch: dict[str, Any], name: str, options: dict[str, A
         run.step()
 
     return Contender(step, facts)
+
+
+def full(base: nn.Module, batch: dict[str, Any]) -> Contender:
+    """AdamW on every base weight: what rules that train base weights are an economy of."""
+    model = frozen(copy.deepcopy(base)).train()
+    run = plait.RuleStack(model, [FullTraining()], lr=1e-4, total_steps=TOTAL_STEPS)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        run.step()
+
+    return Contender(step, {"parameters": _trained(run.optimizer)})
 
 
 def _attach(model: nn.Module, method: Method, options: dict[str, Any]) -> tuple[Any, dict]:

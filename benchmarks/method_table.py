@@ -25,6 +25,12 @@ adds beyond them: below 0.5 is less than half. "Products" are those counts relat
 "start" is the part of attaching that goes into start values. Peak memory is of a process with one
 contender.
 """
+RULES = """
+Rules over plain AdamW on the same weights (LoRA r=8's, or all of the base's): the step, and what a
+process needs at its peak beyond AdamW's.
+
+| rule | step over AdamW's | peak beyond AdamW's |
+|---|---|---|"""
 COLUMNS = (
     "method | parameters | file | step | at LoRA's budget | PEFT's step | extra, of PEFT's"
     " | products | peak (PEFT) | attach (PEFT) | start"
@@ -62,7 +68,23 @@ def _section(model: str, lines: dict[str, dict[str, Any]]) -> str:
     rule = "|".join(["---"] * (COLUMNS.count("|") + 1))
     rows = [_row(line) for line in sorted(lines.values(), key=lambda line: line["method"])]
     note = f"{machine['date']}, {machine['cpu']}, {versions}; {setting}."
-    return "\n".join([f"## {model}\n", note + "\n", f"| {COLUMNS} |", f"| {rule} |", *rows, ""])
+    table = [f"## {model}\n", note + "\n", f"| {COLUMNS} |", f"| {rule} |", *rows]
+    return "\n".join([*table, *_rules(lines), ""])
+
+
+def _rules(lines: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of bare rules, each beside AdamW on what it trains."""
+    rows, lora = [], lines.get("lora", {}).get("default", {}).get("peak_mb")
+    for name, line in sorted(lines.items()):
+        if line["axis"] != "rule":
+            continue
+        own, base = line["default"], line.get("full")
+        ratio = own["over_lora"] if base is None else own.get("over_full")
+        reference = lora if base is None else base.get("peak_mb")
+        known = reference is not None and own.get("peak_mb") is not None
+        beyond = f"{own['peak_mb'] - reference:+,.0f} MB" if known else ""
+        rows.append(f"| `{name}` | {_ratio(ratio)} | {beyond} |")
+    return [RULES, *rows] if rows else []
 
 
 def _row(line: dict[str, Any]) -> str:

@@ -7,9 +7,10 @@
 
 Each method is measured at its defaults and, where one integer option can bring it there, at the
 parameter budget of LoRA r=8; beside it, in the same rounds, LoRA r=8 itself, the frozen base alone
-(the bound) and PEFT's form of the method with the same options. A round is one training step of
-each (forward, backward, AdamW, and the method's own rule), in CPU seconds of one thread; figures
-are medians of paired ratios. Peak memory is that of a process of its own.
+(the bound), PEFT's form of the method with the same options and, for rules that train base weights,
+AdamW on all of them. A round is one training step of each (forward, backward, AdamW, and the
+method's own rule), in CPU seconds of one thread; figures are medians of paired ratios. Peak memory
+is that of a process of its own.
 
 One JSON line a method goes to benchmarks/results/methods-<model>.jsonl; a method that is there is
 skipped, so an interrupted run goes on where it stopped (`--again` measures it anew).
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from method_contenders import REFERENCE, Contender, bound, budget_options, ours, theirs
+from method_contenders import REFERENCE, Contender, bound, budget_options, full, ours, theirs
 from method_table import RESULTS, read_results, write_report
 from models import MODELS, random_batch
 from report import machine, peak_megabytes
@@ -39,7 +40,7 @@ from torch import nn
 
 import plait
 
-KINDS = ("bound", "lora", "default", "budget", "peft")
+KINDS = ("bound", "lora", "full", "default", "budget", "peft")
 PATIENCE = 3600
 """Seconds after which a method's process is given up."""
 SLOW = 8.0
@@ -53,6 +54,10 @@ def make(kind: str, args: argparse.Namespace, base: nn.Module, name: str) -> Con
         return bound(base, batch)
     if kind == "lora":
         return ours(base, batch, "lora", REFERENCE)
+    if kind == "full":
+        rule = plait.get_method(name).rule
+        trains_base = rule is not None and "base" in rule().claims
+        return full(base, batch) if trains_base else None
     if kind == "default":
         return ours(base, batch, name, {})
     if kind == "peft":
@@ -88,7 +93,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     seconds = _rounds(made, args.rounds)
     for kind in made:
         found[kind]["step_s"] = statistics.median(seconds[kind].values())
-        for other in {"lora", "bound"} & seconds.keys():
+        for other in {"lora", "full", "bound"} & seconds.keys():
             found[kind][f"over_{other}"] = _ratio(seconds[kind], seconds[other])
     return found
 
@@ -166,7 +171,7 @@ def _line(args: argparse.Namespace, name: str) -> dict[str, Any]:
     line = {"method": name, "axis": method.axis, "machine": machine(), **setting}
     found = _child(args, "--one", name)
     if "error" not in found and not args.no_memory:
-        for kind in ("default", "peft"):
+        for kind in ("full", "default", "peft"):
             if "step_s" in found.get(kind, {}):
                 answer = _child(args, "--one", name, "--peak", kind)
                 found[kind]["peak_mb"] = answer.get("peak_mb")

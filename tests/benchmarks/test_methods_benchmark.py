@@ -194,3 +194,22 @@ def test_the_report_has_a_row_for_each_method_and_a_plot(tmp_path, monkeypatch) 
     assert cells[1][4] == "0.90 (rank 6: 4.01 k)" and cells[1][5:8] == ["", "", "+5.0%"]
     assert len({len(c) for c in cells}) == 1
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rules_stand_beside_adamw_on_what_they_train() -> None:
+    lora = line("lora")
+    lora["default"]["peak_mb"] = 1000.0
+    bare, base = line("bare", axis="rule"), line("base", axis="rule", full={"peak_mb": 3000.0})
+    bare["default"] |= {"peak_mb": 1020.0}
+    base["default"] |= {"peak_mb": 2000.0, "over_full": 0.8}
+    rows = method_table._rules({"lora": lora, "bare": bare, "base": base})
+    assert rows[1:] == ["| `bare` | 1.10 | +20 MB |", "| `base` | 0.80 | -1,000 MB |"]
+    assert method_table._rules({"lora": lora}) == []
+
+
+def test_a_rule_over_base_weights_is_measured_beside_full_training(base) -> None:
+    args = argparse.Namespace(rows=1, tokens=4)
+    assert benchmark.make("full", args, base, "lora-plus") is None
+    contender = benchmark.make("full", args, base, "lisa")
+    contender.step()
+    assert contender.facts["parameters"] == sum(p.numel() for p in base.parameters())
