@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.linalg.allocate import allocate
+from plait.linalg.allocate import allocate, best_components
 
 numbers = st.integers(0, 20).map(float)
 
@@ -76,3 +76,37 @@ def test_ties_go_to_the_first_site_and_worthless_options_to_nobody():
 def test_prices_must_rise():
     with pytest.raises(ValueError, match="'a' needs one rising price"):
         allocate({"a": [0, 1]}, 5, {"a": [1, 1]})
+
+
+tied = st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=5), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tied, st.integers(0, 12))
+def test_the_best_components_are_a_sort_by_score_then_site_then_index(found, budget):
+    scores = {str(i): torch.tensor(s) for i, s in enumerate(found)}
+    flat = [(-v, i, j) for i, s in enumerate(found) for j, v in enumerate(s)]
+    want = {(str(i), j) for _, i, j in sorted(flat)[:budget]}
+    masks = best_components(scores, budget)
+    assert {(n, int(j)) for n, m in masks.items() for j in m.nonzero()[:, 0]} == want
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 64), max_size=5), min_size=1, max_size=4), st.integers(0, 12)
+)
+def test_the_best_components_are_worth_what_the_allocator_reaches(found, budget):
+    """Positive scores of whole numbers, whose sums are exact: both are the same optimum."""
+    scores = {str(i): torch.tensor(s, dtype=torch.float64) for i, s in enumerate(found)}
+    worth = {n: concave(s.tolist()) for n, s in scores.items()}
+    options = allocate(worth, budget)
+    masks = best_components(scores, budget)
+    taken = sum(float(scores[n][m].sum()) for n, m in masks.items())
+    assert taken == sum(worth[n][i] for n, i in options.items())
+    assert sum(int(m.sum()) for m in masks.values()) == sum(options.values())
+
+
+def test_nothing_to_choose_from():
+    assert best_components({}, 3) == {}
+    masks = best_components({"a": torch.zeros(2), "b": torch.zeros(0)}, 9)
+    assert masks["a"].all() and len(masks["b"]) == 0

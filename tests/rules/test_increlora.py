@@ -10,6 +10,7 @@ import plait
 from plait.adapter import build_adapter, install
 from plait.adapter.method import Method
 from plait.rules._gated import GatedDelta
+from plait.rules._growth import dealt
 from plait.rules._orthogonal import orthogonality
 from plait.rules.increlora import Increlora
 
@@ -251,3 +252,20 @@ def test_other_methods_are_refused() -> None:
     plait.attach(model, "lora", rank=2, seed=0)
     with pytest.raises(plait.PlaitError, match="use method increlora"):
         plait.RuleStack(model, [rule()])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_growth_goes_down_the_ranking_until_the_budget_is_spent(seed: int) -> None:
+    """Against the walk down the sorted sites, with ties, empty reserves and a last part."""
+    g = torch.Generator().manual_seed(seed)
+    names = [f"s{i}" for i in torch.randperm(7, generator=g).tolist()]
+    scores = {n: float(torch.randint(3, (), generator=g)) / 2 for n in names[:5]}
+    reserves = {n: int(torch.randint(4, (), generator=g)) for n in names}
+    for sites, missing in ((3, 5), (7, 100), (2, 1), (4, 0)):
+        want, left = {}, missing
+        for name in sorted(names, key=lambda n: (-scores.get(n, 0.0), n))[:sites]:
+            extra = min(reserves[name], left)
+            left -= extra
+            if extra:
+                want[name] = extra
+        assert dealt(scores, reserves, sites, missing) == want

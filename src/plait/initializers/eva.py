@@ -25,6 +25,7 @@ from torch import nn
 from plait.adapter import Delta, Initializer, Method, Site
 from plait.errors import PlaitError
 from plait.initializers._pairs import require_pair
+from plait.linalg import best_components
 from plait.methods.lora import METHOD as LORA
 from plait.methods.lora import LoraDelta, LoraOptions
 from plait.statistics import InputSVD, Sketch, activation_pass
@@ -78,15 +79,10 @@ class Eva(Initializer):
 
 def redistribute(sketches: dict[str, Sketch], total: int) -> dict[str, int]:
     """{path: rank}: how many of the `total` most explaining components each site has."""
-    paths = [p for p, s in sketches.items() for _ in range(len(s.components))]
-    if not paths:
+    if not any(len(s.components) for s in sketches.values()):
         raise PlaitError("eva: the data reached none of the sites; give batches with tokens.")
-    shares = torch.cat([s.explained for s in sketches.values()])
-    chosen = shares.argsort(descending=True, stable=True)[:total]
-    ranks = dict.fromkeys(sketches, 0)
-    for index in chosen.tolist():
-        ranks[paths[index]] += 1
-    return ranks
+    best = best_components({path: s.explained for path, s in sketches.items()}, total)
+    return {path: int(mask.sum()) for path, mask in best.items()}
 
 
 METHOD = Method(

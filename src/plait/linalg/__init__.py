@@ -1,6 +1,6 @@
 """Linear algebra that adapters share: factored matrices, randomised SVD, solvers, transforms."""
 
-from plait.linalg.allocate import allocate
+from plait.linalg.allocate import allocate, best_components
 from plait.linalg.canonical import canonical_svd
 from plait.linalg.entanglement import cut_entropy, entropy_profile, page_entropy
 from plait.linalg.gram import gram_directions, mapped_directions
@@ -17,6 +17,7 @@ from plait.linalg.transforms import kron_matvec, wht
 __all__ = [
     "LowRank",
     "allocate",
+    "best_components",
     "canonical_svd",
     "cut_entropy",
     "damped_inverse",

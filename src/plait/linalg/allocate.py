@@ -1,14 +1,20 @@
 """Spending a budget over sites: which of its options each site gets (ranks, bit widths).
 
-Every option has a price and a worth. Greedy steps along each site's upper concave hull, the best
-worth per price first: the optimum where steps cost alike and pay ever less (a spectrum's energy,
-sorted scores of components), elsewhere less than one step's worth below it.
+`allocate`: every option has a price and a worth. Greedy steps along each site's upper concave hull,
+the best worth per price first: the optimum where steps cost alike and pay ever less (a spectrum's
+energy, sorted scores of components), elsewhere less than one step's worth below it.
+
+`best_components`: every component has a score and all cost alike, so that the optimum is the
+highest scores, wherever they are. It spends the whole budget, on components that score 0 too.
 """
 
 import heapq
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 def allocate(
@@ -48,6 +54,19 @@ def allocate(
         if at + 1 < len(steps[site]):
             heapq.heappush(queue, (-steps[site][at + 1].rate, order, site, at + 1))
     return chosen
+
+
+def best_components(scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """{site: [components] of booleans, on the CPU}: the `budget` highest of all `scores`.
+
+    Equal ones in the order given: by site, then by index. All of them where there are fewer.
+    """
+    if not scores:
+        return {}
+    order = torch.cat(list(scores.values())).argsort(descending=True, stable=True).cpu()
+    best = torch.zeros(len(order), dtype=torch.bool)
+    best[order[: max(budget, 0)]] = True
+    return dict(zip(scores, best.split([len(s) for s in scores.values()]), strict=True))
 
 
 class _Step(NamedTuple):

@@ -1,4 +1,4 @@
-"""When sites grow, and how many at a time, so that a rank budget is reached in time."""
+"""When sites grow, how many at a time and by how much, so that a rank budget is reached in time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from plait.adapter import Run
 from plait.errors import PlaitError
+from plait.linalg import best_components
 from plait.rules._gated import GatedDelta
 
 
@@ -57,3 +60,17 @@ def plan_growth(run: Run, found: Mapping[str, GatedDelta], o: Any) -> GrowthPlan
             f"{start + room}; raise top_h or the steps, or lower interval or target_rank."
         )
     return GrowthPlan(target, start, every, sites)
+
+
+def dealt(
+    scores: Mapping[str, float], reserves: Mapping[str, int], sites: int, missing: int
+) -> dict[str, int]:
+    """{name: components gained} of at most `sites` sites, those of highest score.
+
+    Each grows by its reserve, as far as the `missing` components go. Names break ties, so that
+    equal scores (all zero at first) cannot depend on the order of the sites.
+    """
+    one = {n: torch.tensor([scores.get(n, 0.0)], dtype=torch.float64) for n in sorted(reserves)}
+    growing = [name for name, best in best_components(one, sites).items() if best.any()]
+    slots = best_components({name: one[name].expand(reserves[name]) for name in growing}, missing)
+    return {name: int(best.sum()) for name, best in slots.items() if best.any()}

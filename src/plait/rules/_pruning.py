@@ -10,6 +10,7 @@ from torch import Tensor
 
 from plait.adapter import Run
 from plait.errors import PlaitError
+from plait.linalg import best_components
 from plait.rules._sensitivity import EntryScores
 from plait.rules._triplets import TripletDelta
 
@@ -31,14 +32,11 @@ class Triplets:
 
     def choose(self, budget: int) -> Chosen:
         """The `budget` best of all; equal ones in the order of the sites."""
-        found = []
+        found = {}
         for name, delta in self.deltas.items():
             scores = self.scores.along(name, delta.rank_axes())
-            found.append(torch.zeros(delta.rank) if scores is None else scores.float().cpu())
-        order = torch.cat(found).argsort(descending=True, stable=True)
-        best = torch.zeros(len(order), dtype=torch.bool)
-        best[order[:budget]] = True
-        return dict(zip(self.deltas, best.split([len(s) for s in found]), strict=True))
+            found[name] = torch.zeros(delta.rank) if scores is None else scores.float().cpu()
+        return best_components(found, budget)
 
     @torch.no_grad()
     def mask(self, chosen: Mapping[str, Tensor]) -> None:

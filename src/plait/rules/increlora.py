@@ -27,7 +27,7 @@ from plait.adapter import Method, Rule, Run, per_site
 from plait.errors import PlaitError
 from plait.rules._base_weights import refuse_several_processes
 from plait.rules._gated import GatedDelta, GatedOptions, gated_count
-from plait.rules._growth import GrowthPlan, plan_growth
+from plait.rules._growth import GrowthPlan, dealt, plan_growth
 from plait.rules._importance import Importance
 from plait.rules._orthogonal import orthogonality
 
@@ -86,14 +86,10 @@ class Increlora(Rule):
 
     def _grow(self) -> None:
         missing = self._plan.target - sum(d.rank for d in self._deltas.values())
-        scores = self.scores()
-        # Names break ties, so that equal scores (all zero at first) cannot depend on hash order.
-        ranked = sorted(self._deltas, key=lambda name: (-scores.get(name, 0.0), name))
-        for name in ranked[: self._plan.sites]:
-            extra = min(self._deltas[name].reserve, missing)
-            if extra > 0:
-                self._deltas[name].grow(extra, self.run.optimizer)
-                missing -= extra
+        reserves = {name: delta.reserve for name, delta in self._deltas.items()}
+        for name, extra in dealt(self.scores(), reserves, self._plan.sites, missing).items():
+            self._deltas[name].grow(extra, self.run.optimizer)
+            missing -= extra
         if missing <= 0:
             self._end()
 
