@@ -7,14 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def step_sizes(optimizer: Any, parameters: list[nn.Parameter]) -> list[Tensor | float]:
+def step_sizes(
+    optimizer: Any, parameters: list[nn.Parameter], adaptive: bool = True
+) -> list[Tensor | float]:
     """For each parameter lr, or lr / (sqrt(v) + eps) entry by entry where the optimiser is an Adam.
 
     Adam divides gradients by sqrt(v); a penalty applied outside it must be divided alike, or its
-    weight would mean another one for every entry. 0 for what the optimiser does not hold.
+    weight would mean another one for every entry. `adaptive=False` asks for lr alone. 0 for what
+    the optimiser does not hold.
     """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    return [_step(optimizer.state.get(p, {}), group_of.get(id(p))) for p in parameters]
+    state = optimizer.state if adaptive else {}
+    return [_step(state.get(p, {}), group_of.get(id(p))) for p in parameters]
 
 
 def _step(state: dict[str, Any], group: dict[str, Any] | None) -> Tensor | float:
