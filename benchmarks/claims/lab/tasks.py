@@ -57,6 +57,10 @@ class Task:
             for start in range(0, count - self.batch_size + 1, self.batch_size):
                 yield {k: v[order[start : start + self.batch_size]] for k, v in train.items()}
 
+    def held_out(self) -> Iterator[Batch]:
+        """The validation split in batches, for rules that learn on held-out data."""
+        return _parts(self.splits()["validation"], self.batch_size)
+
     def score(self, model: nn.Module, split: str) -> dict[str, float]:
         """{"loss", "accuracy"} on a split."""
         data = self.splits()[split]

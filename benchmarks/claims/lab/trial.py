@@ -63,6 +63,9 @@ def _contestant(
     """(trainable parameters without the head, the run that moves them)."""
     if contender.method == "full":
         count = sum(p.numel() for p in model.parameters())
+        if contender.rules:
+            rules = plait.RuleStack(model, contender.rules, lr=rate, total_steps=steps, seed=seed)
+            return count, rules
         return count, _Plain(torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0))
     options: Mapping[str, Any] = {"targets": task.targets, **contender.options}
     adapter = plait.attach(
@@ -76,7 +79,15 @@ def _contestant(
     )
     head = sum(p.numel() for name in task.head for p in model.get_submodule(name).parameters())
     count = adapter.num_parameters() - head
-    return count, plait.RuleStack(model, contender.rules, lr=rate, total_steps=steps, seed=seed)
+    run = plait.RuleStack(
+        model,
+        contender.rules,
+        lr=rate,
+        total_steps=steps,
+        seed=seed,
+        validation=list(task.held_out()),
+    )
+    return count, run
 
 
 class _Plain:
