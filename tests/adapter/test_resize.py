@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import plait
 from plait.adapter import PairDelta
 from plait.testing import make_model
+from plait.testing.models import get_subject
 
 
 def trained(
@@ -144,3 +145,24 @@ def test_a_site_pruned_to_rank_zero_grows_again_with_its_scaling():
     assert model(torch.randn(2, 6)).shape == (2, 5)
     delta.grow(2)
     assert delta.scaling == 3.0
+
+
+def test_packed_experts_keep_and_grow_the_components_of_every_expert() -> None:
+    model = make_model("parameter")
+    adapter = plait.attach(model, "lora", rank=4, seed=1, targets=get_subject("parameter").targets)
+    delta = next(iter(adapter.deltas.values()))
+    assert isinstance(delta, PairDelta) and delta.A.dim() == 3
+    optimizer = torch.optim.Adam(adapter.parameters())
+    with torch.no_grad():
+        delta.B.normal_()
+    delta.dense().square().sum().backward()
+    optimizer.step()
+    A, B, moment = delta.A.clone(), delta.B.clone(), optimizer.state[delta.B]["exp_avg"].clone()
+    delta.keep([3, 1], optimizer)
+    assert delta.rank == 2 and len(delta.A) == len(A)
+    assert torch.equal(delta.A, A[:, [3, 1]]) and torch.equal(delta.B, B[..., [3, 1]])
+    assert torch.equal(optimizer.state[delta.B]["exp_avg"], moment[..., [3, 1]])
+    before = delta.dense().detach()
+    delta.grow(3, optimizer)
+    assert delta.A.shape[-2:] == (5, A.shape[-1]) and delta.A[:, 2:].all()
+    torch.testing.assert_close(delta.dense().detach(), before)

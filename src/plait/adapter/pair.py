@@ -157,8 +157,8 @@ class PairDelta(Delta):
         self.options = dataclasses.replace(self.options, rank=rank, alpha=self.scaling * root)
 
     def rank_axes(self) -> dict[str, int]:
-        """Which axis of which parameter counts the rank components."""
-        return {"A": 0, "B": 1}
+        """Which axis of which parameter counts the rank components (packed experts come first)."""
+        return {"A": -2, "B": -1}
 
     def _fresh_components(self, name: str, axis: int, extra: int) -> Tensor:
         old = self.get_parameter(name)
