@@ -34,9 +34,41 @@ def methods_page() -> str:
         ]
         here = (row for row in table if row["axis"] == axis)
         lines += [f"| `{r['name']}` | {r['title']} | {r['paper']} |" for r in here]
+    lines += rules_together()
     lines += ["", "## Merging", "", "| name | what | paper |", "| --- | --- | --- |"]
     lines += [f"| `{r['name']}` | {r['title']} | {r['paper']} |" for r in merge_rows()]
     return "\n".join(lines) + "\n"
+
+
+def rules_together() -> list[str]:
+    """What each rule trains and claims, from its declarations."""
+    from plait.adapter import get_method, method_names
+    from plait.adapter.together import CLAIMS, claims_of
+
+    lines = [
+        "",
+        "## Which rules stand together",
+        "",
+        "Any list of rules runs in which no claim stands twice, and no rule that keeps states of the",
+        "parameters' shapes beside one that changes ranks. What a claim means: "
+        + "; ".join(f"*{claim}*: {what}" for claim, what in CLAIMS.items())
+        + ".",
+        "",
+        "| rule | trains | claims | keeps shapes | micro-batches give the batch's step |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in method_names():
+        method = get_method(name)
+        if method.rule is None:
+            continue
+        rule = method.rule()
+        own = f"method `{name}`" if method.delta is not None else "any adapter"
+        pairs = "any (A, B) pairs" if rule.needs_pairs else own
+        trains = pairs if rule.needs_adapter else "the base (`method: none`)"
+        claims = ", ".join(sorted(claims_of(rule)))
+        keeps, splits = ("yes" if flag else "" for flag in (rule.keeps_shapes, rule.splits_batches))
+        lines.append(f"| `{name}` | {trains} | {claims} | {keeps} | {splits or 'no'} |")
+    return lines
 
 
 def command_pages() -> dict[str, str]:

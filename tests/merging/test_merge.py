@@ -14,7 +14,7 @@ from plait.adapter import build_adapter as build
 from plait.adapter.adapter import DeltaMap
 from plait.adapter.site import LinearSite
 from plait.errors import PlaitError, UnknownNameError
-from plait.merging import MergeMethod, merge, merge_method_names
+from plait.merging import Merge, MergeMethod, merge, merge_method_names
 
 
 def make_model() -> nn.Module:
@@ -220,15 +220,15 @@ def test_unknown_names_are_named_with_the_nearest() -> None:
 
 
 def test_a_method_of_ones_own_gets_its_options() -> None:
-    @dataclass(frozen=True)
-    class Own:
+    @dataclass
+    class Own(Merge):
         power: float = 1.0
 
-    def scale(deltas, weights, *, power):  # type: ignore[no-untyped-def]
-        return deltas[0] * (weights[0] * power)
+        def merge(self, lows, weights, changes):  # type: ignore[no-untyped-def]
+            return lows[0] * (weights[0] * self.power)
 
     a = make_adapter(1)
-    own = MergeMethod("own", "Own", "none", merge=scale, options=Own)
+    own = MergeMethod("own", "Own", "none", Own)
     check_equal(merge([a], method=own, weights=[2.0], power=3.0), oracle([a], [6.0]))
 
 

@@ -102,7 +102,7 @@ def describe_merge(name: str) -> dict[str, Any]:
         "title": method.title,
         "paper": method.paper,
         "description": _docstring(method.merge),
-        "options": option_rows(method.options),
+        "options": option_rows(method.merge),
         "example": f"plait merge out/a out/b --method {method.name} -o out/merged",
     }
 

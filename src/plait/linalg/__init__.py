@@ -2,6 +2,7 @@
 
 from plait.linalg.allocate import allocate, best_components
 from plait.linalg.canonical import canonical_svd
+from plait.linalg.counters import key_of, uniform_at
 from plait.linalg.entanglement import cut_entropy, entropy_profile, page_entropy
 from plait.linalg.gram import gram_directions, mapped_directions
 from plait.linalg.lowrank import LowRank
@@ -12,6 +13,7 @@ from plait.linalg.solvers import (
     procrustes,
     sylvester_symmetric,
 )
+from plait.linalg.thresholds import kth_magnitudes
 from plait.linalg.transforms import kron_matvec, wht
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "damped_inverse",
     "entropy_profile",
     "gram_directions",
+    "key_of",
     "kron_matvec",
     "krylov_svd",
+    "kth_magnitudes",
     "low_rank_approximation",
     "mapped_directions",
     "page_entropy",
@@ -32,5 +36,6 @@ __all__ = [
     "procrustes",
     "randomized_svd",
     "sylvester_symmetric",
+    "uniform_at",
     "wht",
 ]

@@ -1,12 +1,14 @@
-"""`merge`: several adapters into one plain LoRA, site by site, in factor space.
+"""`merge`: several adapters into one plain LoRA, site by site.
 
-    adapters ──► checks ──► for each site: [LowRank, ...] ──► method ──► truncation ──► LoRA
+    adapters ──► checks ──► for each site: Changes ──► method, in its space ──► truncation ──► LoRA
 
-Nothing dense is formed for adapters that have factors, and one site at a time is worked on.
+One site at a time is worked on. In the spaces `factors` and `aligned` nothing of W's size is formed
+for adapters that have factors; in `delta` one matrix of W's size, in blocks of rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch import Tensor
 from plait.adapter import Adapter, Site
 from plait.errors import PlaitError
 from plait.linalg import LowRank
-from plait.merging.method import MergeMethod, get_merge_method, merge_options
+from plait.merging.changes import Changes
+from plait.merging.cut import cut_low_rank, cut_matrix
+from plait.merging.method import Merge, MergeMethod, choose_space, get_merge_method, make_merge
 from plait.merging.result import Result
 from plait.merging.sources import (
     Source,
@@ -27,6 +31,7 @@ from plait.merging.sources import (
     labelled,
     read_sources,
 )
+from plait.merging.spaces import by_entries, merge_site
 
 
 def merge(
@@ -34,8 +39,10 @@ def merge(
     method: str | MergeMethod = "linear",
     weights: Sequence[float] | None = None,
     *,
+    space: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    seed: int = 0,
     name: str = "merged",
     progress: bool = False,
     **options: Any,
@@ -47,9 +54,13 @@ def merge(
             scalings and sites may differ: an adapter counts as zero where it does not act.
         method: a name from `plait methods --merge`, or a `MergeMethod`.
         weights: one for each adapter, any sign; None takes their mean (1 / k each).
+        space: "factors", "aligned" or "delta" (see `plait.merging.method`); None takes the method's
+            best one for adapters.
         rank, energy: cut each site to this rank, or to the fewest components that hold this share
-            of its squared norm, by the best approximation. With neither nothing is cut, and the
-            linear merge has the sum of the ranks (at most the site's shorter side).
+            of its squared norm, by the best approximation. With neither nothing is cut but what
+            merges of space "delta" have beyond the sum of the ranks.
+        seed: of methods that draw. The result depends on nothing else: neither on threads nor on
+            the order or the blocks in which sites are worked on.
         name: the result's.
         progress: show a bar on stderr.
         **options: the method's own.
@@ -61,20 +72,28 @@ def merge(
     """
     with torch.no_grad():
         chosen = get_merge_method(method)
-        keywords = merge_options(chosen, options)
+        way = make_merge(chosen, options)
+        where = choose_space(chosen.name, way, space)
         _check_cut(rank, energy)
         inputs = read_sources(adapters)
         factors = check_weights(weights, len(inputs))
+        if chosen.inputs not in (None, len(inputs)):
+            raise PlaitError(f"{chosen.name} merges {chosen.inputs} inputs, not {len(inputs)}.")
         sites = check_adapters(inputs)
         result = Result()
         for path in _tracked(sites, progress):
-            deltas = [delta_of(a, label, sites[path]) for label, a in labelled(inputs)]
-            low = chosen.merge(_alike(deltas), factors, **keywords)
-            bias = _sum_biases([bias_of(a, path) for a in inputs], factors)
-            result.add(sites[path], *_cut(low, rank, energy), bias)
+            lows = _alike([delta_of(a, label, sites[path]) for label, a in labelled(inputs)])
+            found = merge_site(way, Changes(path, lows, seed=seed), factors, where)
+            if isinstance(found, Tensor):
+                cut = cut_matrix(found, rank, energy, sum(low.rank for low in lows))
+            else:
+                cut = cut_low_rank(found, rank, energy)
+            bias = _merge_biases(way, path, [bias_of(a, path) for a in inputs], factors, seed)
+            result.add(sites[path], *cut, bias)
         facts = {
             "method": chosen.name,
-            "options": keywords,
+            "space": where,
+            "options": dataclasses.asdict(way),  # type: ignore[call-overload]
             "weights": factors,
             "adapters": [a.name for a in inputs],
             "dropped_energy": result.dropped_energy,
@@ -106,22 +125,22 @@ def _alike(deltas: list[LowRank]) -> list[LowRank]:
     return [delta.to("cpu", dtype) for delta in deltas]
 
 
-def _cut(low: LowRank, rank: int | None, energy: float | None) -> tuple[LowRank, float, float]:
-    """What is kept, the share of energy dropped, and the squared norm that it is a share of."""
-    shorter = min(low.shape)
-    limit = shorter if rank is None else rank
-    if energy is None and low.rank <= limit:
-        exact = rank is None  # then no share is asked for anywhere
-        return low, 0.0, 0.0 if exact else float(low.norm()) ** 2
-    kept, dropped = low.truncate(rank=limit, energy=energy)
-    # The factors carry the root of each singular value on columns of norm one.
-    square = float(kept.B.double().square().sum(-2).square().sum())
-    return kept, dropped, square / (1 - dropped) if dropped < 1 else 0.0
-
-
-def _sum_biases(biases: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
-    terms = [w * b.detach().cpu() for w, b in zip(weights, biases, strict=True) if b is not None]
-    return torch.stack(terms).sum(0) if terms else None
+def _merge_biases(
+    way: Merge,
+    path: str,
+    biases: Sequence[Tensor | None],
+    weights: Sequence[float],
+    seed: int,
+) -> Tensor | None:
+    """Biases as matrices of one row, where the method works entry by entry; else their sum."""
+    first = next((b for b in biases if b is not None), None)
+    if first is None:
+        return None
+    known = [torch.zeros_like(first) if b is None else b for b in biases]
+    rows = [b.detach().cpu()[None] for b in known]
+    if "delta" not in way.spaces:
+        return sum(w * row[0] for w, row in zip(weights, rows, strict=True))  # type: ignore[return-value]
+    return by_entries(way, Changes(f"{path}.bias", dense=rows, seed=seed), weights)[0]
 
 
 def _base_facts(inputs: Sequence[Adapter]) -> dict[str, Any]:

@@ -1,37 +1,71 @@
-"""The record that a merge method publishes, and finding methods by listing their folder."""
+"""What a merge method is, and finding methods by listing their folder.
+
+A method works in one or more of three spaces:
+
+    factors   on `LowRank`s, exactly: `merge(lows, weights, changes) -> LowRank`
+    aligned   entry by entry on coordinates in a basis that the inputs share (KnOTS): the result is
+              of low rank, and turning an adapter's factors changes nothing
+    delta     entry by entry on dW itself, in blocks of rows: for full checkpoints, or, with a
+              truncation at the end, for adapters
+
+The last two are written once, as `survey` (a pass that looks) and `combine` (rows in, rows out).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from plait.errors import PlaitError, unknown
 from plait.linalg import LowRank
+from plait.merging.changes import Changes
+
+Space = Literal["factors", "aligned", "delta"]
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    """For methods that have no options of their own."""
+class Merge:
+    """One way to merge. Subclasses are dataclasses whose fields are the options."""
+
+    spaces: tuple[Space, ...] = ("factors",)
+    """Those that it supports (with these options), the best for adapters first."""
+
+    def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
+        """The merge of one site in factors; an input that does not act there comes as rank 0."""
+        raise NotImplementedError
+
+    def survey(self, changes: Changes, weights: Tensor) -> Any:
+        """What `combine` must know of the whole site: thresholds, norms."""
+        return None
+
+    def combine(
+        self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any
+    ) -> Tensor:
+        """The merge [rows, in] of a block [k, rows, in] with weights [k, 1, 1]."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """One way to merge: `merge(deltas, weights, **options) -> LowRank`, pure, of one site.
-
-    `deltas` are `LowRank`s of equal shape, in the order of the adapters; an adapter that does not
-    touch the site comes as rank 0. `options` is a dataclass of what the function takes beside them.
-    """
+    """The record that a method's file ends in."""
 
     name: str
     title: str
     paper: str
-    merge: Callable[..., LowRank]
-    options: type = NoOptions
+    merge: type[Merge]
+    whole: Mapping[str, Any] = field(default_factory=dict)
+    """Options at which nothing is dropped: copies of one adapter, with weights that add up to 1,
+    then return it."""
+    symmetric: bool = True
+    """The order of the inputs (with their weights) does not matter."""
+    inputs: int | None = None
+    """How many inputs it takes; None takes any number."""
 
 
 @cache
@@ -59,10 +93,25 @@ def get_merge_method(name: str | MergeMethod) -> MergeMethod:
     return method
 
 
-def merge_options(method: MergeMethod, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of `method`, `given` over its defaults; an unknown one names the nearest."""
-    names = [field.name for field in dataclasses.fields(method.options)]
+def make_merge(method: MergeMethod, given: Mapping[str, Any]) -> Merge:
+    """The method with its options, `given` over the defaults; an unknown one names the nearest."""
+    names = [f.name for f in dataclasses.fields(method.merge)]  # type: ignore[arg-type]
     for name in given:
         if name not in names:
             raise unknown("option", name, names, where=f"merge method {method.name!r}")
-    return dataclasses.asdict(method.options(**given))
+    return method.merge(**given)
+
+
+def choose_space(name: str, way: Merge, wanted: str | None) -> Space:
+    """The space to work in; None is the method's best one for adapters."""
+    if wanted is None:
+        return way.spaces[0]
+    for space in get_args(Space):
+        if space == wanted and space in way.spaces:
+            return space
+    if wanted not in get_args(Space):
+        raise unknown("space", wanted, get_args(Space))
+    raise PlaitError(
+        f"merge method {name!r} works in {' or '.join(way.spaces)} with these options, not in "
+        f"{wanted!r}."
+    )

@@ -11,19 +11,35 @@ Paper: task arithmetic, Ilharco et al., 2022, arXiv 2212.04089.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from plait.linalg import LowRank
-from plait.merging.method import MergeMethod
+from plait.merging.changes import Changes
+from plait.merging.method import Merge, MergeMethod
 
 
-def linear(deltas: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """sum_i weights[i] * deltas[i], of rank sum_i r_i."""
-    return LowRank.weighted_sum(deltas, weights)
+@dataclass
+class Linear(Merge):
+    scale: float = 1.0
+    """Factor on the whole sum (the papers' lambda)."""
+
+    spaces = ("factors", "delta")
+
+    def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
+        return LowRank.weighted_sum(lows, [self.scale * w for w in weights])
+
+    def combine(
+        self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any
+    ) -> Tensor:
+        return self.scale * (weights * block).sum(0)
 
 
 METHOD = MergeMethod(
     name="linear",
     title="Linear: the exact weighted sum of the changes",
     paper="Ilharco et al., 2022, arXiv 2212.04089",
-    merge=linear,
+    merge=Linear,
 )

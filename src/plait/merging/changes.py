@@ -1,0 +1,73 @@
+"""`Changes`: what k inputs change at one site, as factors or as rows made when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from plait.linalg import LowRank, key_of, uniform_at
+
+BLOCK = 1 << 23
+"""Numbers that a block of rows may hold over all inputs (32 MB in float32)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """The changes dW_1 .. dW_k [out, in] of one site.
+
+    `lows` holds exact factors, `dense` the matrices themselves (mapped from a file, perhaps); one
+    of them is given. A vector (a bias, a norm) is a matrix of one row.
+    """
+
+    path: str
+    lows: Sequence[LowRank] | None = None
+    dense: Sequence[Tensor] | None = None
+    seed: int = 0
+    block: int = field(default=BLOCK, repr=False)
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = (self.lows or self.dense or ())[0].shape[-2:]
+        return int(rows), int(columns)
+
+    @property
+    def k(self) -> int:
+        return len(self.lows if self.lows is not None else self.dense or ())
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic: the widest of the inputs', float32 at least."""
+        found = torch.float32
+        for item in self.lows if self.lows is not None else self.dense or ():
+            found = torch.promote_types(found, item.dtype)
+        return found
+
+    def rows(self, rows: range) -> Tensor:
+        """These rows of every change, [k, rows, in]."""
+        cut = slice(rows.start, rows.stop)
+        if self.lows is not None:
+            return torch.stack([low.rows(cut).dense(self.dtype) for low in self.lows])
+        return torch.stack([matrix[cut].to(self.dtype) for matrix in self.dense or ()])
+
+    def ranges(self) -> list[range]:
+        """The rows in blocks of at most `block` numbers (at least one row)."""
+        out, columns = self.shape
+        step = max(1, self.block // max(1, self.k * columns))
+        return [range(at, min(at + step, out)) for at in range(0, out, step)]
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All rows, block by block: [k, rows, in]."""
+        return (self.rows(rows) for rows in self.ranges())
+
+    def uniform(self, name: str, rows: range) -> Tensor:
+        """Random numbers in [0, 1) for these rows of every input, [k, rows, in].
+
+        They depend on the seed, the site, the input's place and the position, on nothing else.
+        """
+        columns = self.shape[1]
+        keys = [key_of(self.seed, self.path, name, i) for i in range(self.k)]
+        return torch.stack([uniform_at(key, rows, columns) for key in keys])

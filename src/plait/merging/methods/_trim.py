@@ -1,0 +1,36 @@
+"""Which entries of a change stay: the largest of them, by a threshold for every input."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from plait.errors import PlaitError
+from plait.linalg import kth_magnitudes
+from plait.merging.changes import Changes
+
+
+def check_density(method: str, density: float) -> None:
+    if not 0 < density <= 1:
+        raise PlaitError(f"{method}: density is a share in (0, 1], not {density}.")
+
+
+def count_of(changes: Changes, share: float) -> int:
+    """How many entries a share is: at least one, so that no site vanishes."""
+    return max(1, math.floor(share * math.prod(changes.shape) + 1e-6))
+
+
+def thresholds(changes: Changes, share: float) -> Tensor:
+    """The magnitude from which an entry is among the largest `share` of its input, [k, 1, 1]."""
+    if share >= 1:
+        return torch.zeros(changes.k, 1, 1)
+    counts = [count_of(changes, share)] * changes.k
+    return kth_magnitudes(changes.blocks, counts)[:, None, None]
+
+
+def keep_from(block: Tensor, thresholds: Tensor) -> Tensor:
+    """Entries of at least the threshold; the others are 0."""
+    # Compared as the thresholds were found: in float32.
+    return torch.where(block.abs().float() >= thresholds, block, 0)
