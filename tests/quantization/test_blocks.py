@@ -6,7 +6,13 @@ import pytest
 import torch
 
 import plait
-from plait.quantization import BlockQuantizer, Quantizer, normal_codes, uniform_codes
+from plait.quantization import (
+    BlockQuantizer,
+    Quantizer,
+    dynamic_codes,
+    normal_codes,
+    uniform_codes,
+)
 
 NF4 = """
     -1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
@@ -77,3 +83,38 @@ def test_bits_count_the_scales() -> None:
 def test_impossible_settings_are_refused(wrong) -> None:
     with pytest.raises(plait.PlaitError):
         BlockQuantizer(**wrong)
+
+
+def test_dynamic_codes_halve_from_decade_to_decade() -> None:
+    for signed, most in ((True, 64), (False, 128)):
+        codes = dynamic_codes(signed)
+        assert len(set(codes)) == 256 and list(codes) == sorted(codes)
+        assert 0.0 in codes and codes[-1] == 1.0 and (codes[0] < 0) is signed
+        for decade in range(7):
+            inside = [c for c in codes if 10.0 ** -(decade + 1) < c < 10.0**-decade]
+            assert len(inside) == most // 2**decade
+            steps = torch.tensor(inside, dtype=torch.float64).diff()
+            torch.testing.assert_close(steps, steps[:1].expand_as(steps))
+    negative = [-c for c in dynamic_codes() if c < 0]
+    assert sorted(negative) == [c for c in dynamic_codes() if 0 < c < 1]
+
+
+def test_dynamic_codes_keep_what_equal_steps_lose() -> None:
+    values = 10.0 ** -torch.linspace(0, 6, 256, dtype=torch.float64)
+    relative = lambda codes: ((BlockQuantizer(8, 256, codes).quantize(values) / values) - 1).abs()  # noqa: E731
+    assert relative("dynamic-unsigned").max() < 0.5
+    assert relative("dynamic-unsigned")[values > 0.01].max() < 0.06
+    assert (relative("uniform")[values < 1e-3] > 0.9).any()
+
+
+@pytest.mark.parametrize("codes", ["normal", "uniform", "dynamic"])
+def test_codes_and_scales_are_what_quantize_reads_back(codes: str) -> None:
+    quantizer, W = BlockQuantizer(8, 100, codes), torch.randn(13, 17)
+    stored, scale = quantizer.encode(W)
+    assert stored.dtype == torch.uint8 and stored.shape == W.shape and len(scale) == 3
+    assert torch.equal(quantizer.decode(stored, scale), quantizer.quantize(W))
+
+
+def test_dynamic_codes_have_one_width() -> None:
+    with pytest.raises(plait.PlaitError, match="width 8"):
+        BlockQuantizer(4, 64, "dynamic")

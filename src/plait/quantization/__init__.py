@@ -5,6 +5,7 @@ at quantisation errors. `BlockQuantizer` is the reference, in plain PyTorch.
 """
 
 from plait.quantization.blocks import BlockQuantizer, normal_codes, uniform_codes
+from plait.quantization.dynamic import dynamic_codes
 from plait.quantization.quantizer import Quantizer
 
-__all__ = ["BlockQuantizer", "Quantizer", "normal_codes", "uniform_codes"]
+__all__ = ["BlockQuantizer", "Quantizer", "dynamic_codes", "normal_codes", "uniform_codes"]

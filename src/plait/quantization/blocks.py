@@ -1,11 +1,13 @@
-"""Block-wise quantisation to a code book, in plain PyTorch: NF4 and its kin, and uniform levels.
+"""Block-wise quantisation to a code book, in plain PyTorch: NF4 and its kin, uniform levels, and
+the 8-bit books of optimiser states.
 
     W ──► blocks of `block` weights ──► / max |block| ──► nearest code ──► * max |block|
 
 Blocks run along the flattened weight, as bitsandbytes lays them out; a last one may be shorter.
 The scale of a block is one float32 number. "normal" is QLoRA's NormalFloat: codes at quantiles of
 N(0, 1), so that each is used equally often by normally distributed weights, with an exact zero
-(Dettmers et al., 2023, arXiv 2305.14314); "uniform" has equal steps from -1 to 1.
+(Dettmers et al., 2023, arXiv 2305.14314); "uniform" has equal steps from -1 to 1; "dynamic", and
+"dynamic-unsigned" for what is never negative, span seven decades (see `dynamic.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
+from plait.quantization.dynamic import dynamic_codes
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class BlockQuantizer:
     """Bits of a code: 2 to 8."""
     block: int = 64
     """Weights that share a scale."""
-    codes: Literal["normal", "uniform"] = "normal"
+    codes: Literal["normal", "uniform", "dynamic", "dynamic-unsigned"] = "normal"
     """The code book."""
 
     def __post_init__(self) -> None:
@@ -38,6 +41,8 @@ class BlockQuantizer:
                 f"quantiser: width is 2 to 8 and block at least 1, not {self.width} and "
                 f"{self.block}."
             )
+        if self.codes.startswith("dynamic") and self.width != 8:
+            raise PlaitError(f"quantiser: codes {self.codes!r} have width 8, not {self.width}.")
 
     @property
     def bits(self) -> float:
@@ -45,12 +50,15 @@ class BlockQuantizer:
         return self.width + 32 / self.block
 
     def book(self, like: Tensor) -> Tensor:
-        """The codes, ascending from -1 to 1, in `like`'s dtype and device."""
-        make = normal_codes if self.codes == "normal" else uniform_codes
-        return torch.tensor(make(self.width), dtype=like.dtype, device=like.device)
+        """The codes, ascending, in `like`'s dtype and device."""
+        return _book(self.codes, self.width, like.dtype, like.device)
 
     def quantize(self, weight: Tensor) -> Tensor:
         """`weight` with every entry at a code of its block; a block of zeros stays one."""
+        return self.decode(*self.encode(weight)).to(weight.dtype)
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, uint8 of `weight`'s shape; a scale a block, [blocks], float32 at least)."""
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         flat = wide.flatten()
         blocks = F.pad(flat, (0, -len(flat) % self.block)).unflatten(0, (-1, self.block))
@@ -58,20 +66,34 @@ class BlockQuantizer:
         book = self.book(wide)
         unit = blocks / torch.where(scale > 0, scale, 1)
         nearest = _bucket(unit, (book[1:] + book[:-1]) / 2)
-        codes = book.index_select(0, nearest.flatten()).view_as(unit)
-        back = (codes * scale).flatten()[: len(flat)]
-        return back.reshape(weight.shape).to(weight.dtype)
+        return nearest.flatten()[: len(flat)].reshape(weight.shape), scale.flatten()
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """What was encoded, in `scale`'s dtype."""
+        unit = self.book(scale).index_select(0, codes.flatten().int())
+        padded = F.pad(unit, (0, -len(unit) % self.block)).unflatten(0, (-1, self.block))
+        return (padded * scale.unsqueeze(1)).flatten()[: len(unit)].reshape(codes.shape)
+
+
+@cache
+def _book(codes: str, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kept, since copying a list to a GPU waits for it.
+    if codes.startswith("dynamic"):
+        values = dynamic_codes(signed=codes == "dynamic")
+    else:
+        values = (normal_codes if codes == "normal" else uniform_codes)(width)
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _bucket(values: Tensor, edges: Tensor) -> Tensor:
-    """How many of `edges`, ascending, lie below each value, int32."""
+    """How many of `edges`, ascending, lie below each value, uint8."""
     if len(edges) > 15:
-        return torch.bucketize(values, edges, out_int32=True)
+        return torch.bucketize(values, edges, out_int32=True).to(torch.uint8)
     # A search branches at random for every entry; a few whole comparisons are three times faster.
     count = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for edge in edges:
         count += values > edge
-    return count.int()
+    return count
 
 
 @cache
