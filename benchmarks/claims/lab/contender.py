@@ -17,7 +17,7 @@ class Contender:
 
     Attributes:
         label: its name in tables.
-        method: as in `plait.attach`; "full" trains the base itself, "none" trains nothing.
+        method: as in `plait.attach`; "full" trains the base itself, under its rules if it has any.
         options: the method's options; `targets` and `overrides` may stand among them.
         initializer: as in `plait.attach`, a name.
         rules: as in `plait.RuleStack`.
