@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plait.linalg import key_of, kth_magnitudes, uniform_at
+from plait.linalg import key_of, kth_magnitude, kth_magnitudes, uniform_at
 
 
 @settings(max_examples=40, deadline=None)
@@ -24,6 +24,8 @@ def test_the_threshold_is_that_of_a_sort(size, share, step, kind, seed) -> None:
     x = {"normal": x, "few": (2 * x).round(), "tiny": 1e-38 * x}[kind]
     counts = [round(share * size), size, 0]
     found = kth_magnitudes(lambda: x.split(step, 1), counts)
+    if counts[0]:
+        assert kth_magnitude(x[0], counts[0]) == found[0]
     ordered = x.abs().sort(1, descending=True).values
     for i, count in enumerate(counts):
         assert found[i] == (ordered[i, count - 1] if count else torch.inf)

@@ -13,7 +13,7 @@ from plait.linalg.solvers import (
     procrustes,
     sylvester_symmetric,
 )
-from plait.linalg.thresholds import kth_magnitudes
+from plait.linalg.thresholds import kth_magnitude, kth_magnitudes
 from plait.linalg.transforms import kron_matvec, wht
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "key_of",
     "kron_matvec",
     "krylov_svd",
+    "kth_magnitude",
     "kth_magnitudes",
     "low_rank_approximation",
     "mapped_directions",

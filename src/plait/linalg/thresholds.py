@@ -1,4 +1,4 @@
-"""The k-th largest magnitude of a tensor that is only ever seen in blocks: counted, never sorted.
+"""The k-th largest magnitude of a tensor, also of one that is only ever seen in blocks.
 
 The bits of a non-negative float32 are ordered as the numbers are. A histogram of their upper half
 says in which of 2^15 bins the k-th largest lies, a second one, of the lower half within that bin,
@@ -16,6 +16,20 @@ from torch import Tensor
 _LOW = 16
 _BINS = 1 << 15
 """Of the upper half: the sign is always 0."""
+
+
+def kth_magnitude(x: Tensor, count: int) -> float:
+    """The magnitude of the count-th largest entry of a tensor in memory, in float32.
+
+    By numpy's selection, several times quicker than a histogram or a sort.
+    """
+    import numpy as np
+
+    sizes = x.detach().to("cpu", torch.float32).abs().flatten().numpy()
+    if not 0 < count <= sizes.size:
+        raise ValueError(f"kth_magnitude: {count} of {sizes.size} entries")
+    place = sizes.size - count
+    return float(np.partition(sizes, place)[place])
 
 
 def kth_magnitudes(blocks: Callable[[], Iterable[Tensor]], counts: Sequence[int]) -> Tensor:

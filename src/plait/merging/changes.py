@@ -11,21 +11,24 @@ from torch import Tensor
 
 from plait.linalg import LowRank, key_of, uniform_at
 
-BLOCK = 1 << 23
-"""Numbers that a block of rows may hold over all inputs (32 MB in float32)."""
+BLOCK = 1 << 18
+"""Numbers that a block of rows may hold over all inputs: 1 MB in float32, which stays in a cache
+through the dozen passes that an election makes over it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
     """The changes dW_1 .. dW_k [out, in] of one site.
 
-    `lows` holds exact factors, `dense` the matrices themselves (mapped from a file, perhaps); one
-    of them is given. A vector (a bias, a norm) is a matrix of one row.
+    `lows` holds exact factors, `dense` the matrices themselves (mapped from a file, perhaps), from
+    which `base` is subtracted as they are read; one of the two is given. A vector (a bias, a norm)
+    is a matrix of one row.
     """
 
     path: str
     lows: Sequence[LowRank] | None = None
     dense: Sequence[Tensor] | None = None
+    base: Tensor | None = field(default=None, repr=False)
     seed: int = 0
     block: int = field(default=BLOCK, repr=False)
 
@@ -51,7 +54,15 @@ class Changes:
         cut = slice(rows.start, rows.stop)
         if self.lows is not None:
             return torch.stack([low.rows(cut).dense(self.dtype) for low in self.lows])
-        return torch.stack([matrix[cut].to(self.dtype) for matrix in self.dense or ()])
+        found = torch.stack([matrix[cut].to(self.dtype) for matrix in self.dense or ()])
+        return found if self.base is None else found.sub_(self.base[cut].to(self.dtype))
+
+    def whole(self, index: int) -> Tensor:
+        """All of one input's change, [out, in]."""
+        if self.lows is not None:
+            return self.lows[index].dense(self.dtype)
+        matrix = (self.dense or ())[index].to(self.dtype)
+        return matrix if self.base is None else matrix - self.base.to(self.dtype)
 
     def ranges(self) -> list[range]:
         """The rows in blocks of at most `block` numbers (at least one row)."""

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from plait.errors import PlaitError
-from plait.linalg import kth_magnitudes
+from plait.linalg import kth_magnitude, kth_magnitudes
 from plait.merging.changes import Changes
+
+IN_MEMORY = 1 << 27
+"""Entries up to which one change at a time is held in memory for its threshold (512 MB)."""
 
 
 def check_density(method: str, density: float) -> None:
@@ -26,8 +29,11 @@ def thresholds(changes: Changes, share: float) -> Tensor:
     """The magnitude from which an entry is among the largest `share` of its input, [k, 1, 1]."""
     if share >= 1:
         return torch.zeros(changes.k, 1, 1)
-    counts = [count_of(changes, share)] * changes.k
-    return kth_magnitudes(changes.blocks, counts)[:, None, None]
+    count = count_of(changes, share)
+    if math.prod(changes.shape) > IN_MEMORY:
+        return kth_magnitudes(changes.blocks, [count] * changes.k)[:, None, None]
+    found = [kth_magnitude(changes.whole(i), count) for i in range(changes.k)]
+    return torch.tensor(found)[:, None, None]
 
 
 def keep_from(block: Tensor, thresholds: Tensor) -> Tensor:

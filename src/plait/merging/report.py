@@ -1,0 +1,45 @@
+"""What a merge says about its inputs: norms, cosines, conflicts of sign, site by site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.merging.changes import Changes
+
+SAMPLE = 1 << 18
+"""Numbers of each input that a site's facts are taken from, in evenly spread rows."""
+Facts = dict[str, dict[str, Any]]
+
+
+def site_facts(changes: Changes) -> dict[str, Any]:
+    """Norms [k], cosines [k][k] and the share of entries whose signs conflict, of a sample of rows.
+
+    An entry conflicts where two inputs change it in opposite directions. Norms are scaled up to the
+    whole site.
+    """
+    out, columns = changes.shape
+    step = max(1, out * columns // SAMPLE)
+    block = torch.cat([changes.rows(range(row, row + 1)) for row in range(0, out, step)], 1)
+    flat = block.flatten(1).double()
+    gram = flat @ flat.mT
+    lengths = gram.diagonal().sqrt()
+    scale = (out * columns / flat.shape[1]) ** 0.5
+    cosines = gram / (lengths[:, None] * lengths).clamp_min(1e-300)
+    up, down = (block > 0).any(0), (block < 0).any(0)
+    return {
+        "norms": [round(float(n) * scale, 6) for n in lengths],
+        "cosines": [[round(float(c), 4) for c in row] for row in cosines],
+        "conflicts": round(float((up & down).double().mean()), 4),
+    }
+
+
+def write_report(file: Path, described: Mapping[str, Any], facts: Facts) -> None:
+    """merge.json: what was done, and the facts of every site, one line each."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in facts.items()]
+    head = json.dumps(dict(described), indent=1, default=str)[:-2]
+    file.write_text(head + ',\n "sites": {\n' + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
