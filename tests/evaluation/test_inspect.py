@@ -121,3 +121,23 @@ def test_entanglement_where_it_is_asked_for(tmp_path: Path) -> None:
     assert site.entropy[middle - 1] == pytest.approx(float(torch.special.entr(p).sum()), rel=1e-6)
     assert max(site.entropy[middle - 1 : middle]) <= math.log(4)
     assert tmp_path / "entanglement.png" in plot_report(report, tmp_path)
+
+
+def test_a_map_of_ranks_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **_: drawn.update({Path(path).stem: self})
+    )
+    chosen = {"layers.1.self_attn.q_proj": {"rank": 1}, "layers.0.mlp.up_proj": {"rank": 7}}
+    adapter = trained(tiny_model(), overrides=chosen, exclude=["layers.1.mlp.down_proj"])
+    report = inspect_adapter(adapter)
+    assert tmp_path / "ranks.png" in plot_report(report, tmp_path)
+    axes, bar = drawn["ranks"].axes
+    modules = [label.get_text() for label in axes.get_xticklabels()]
+    written = {text.get_position(): int(text.get_text()) for text in axes.texts}
+    assert written == {(modules.index(s.module), s.layer): s.rank for s in report.sites}
+    assert set(written.values()) == {1, 4, 7} and len(written) == 13
+    assert bar.get_ylabel() == "rank" and axes.images[0].get_clim() == (0.0, 7.0)
+    assert axes.get_ylabel() == "layer"

@@ -18,7 +18,8 @@ def inspect(
     sites: Annotated[bool, typer.Option("--sites", help="One line a site.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every number.")] = False,
     plots: Annotated[
-        Path | None, typer.Option(help="Write heat maps and spectra (PNG) to this folder.")
+        Path | None,
+        typer.Option(help="Write maps (norms, ranks) and spectra (PNG) to this folder."),
     ] = None,
     entropy: Annotated[
         bool, typer.Option("--entropy", help="Add entanglement entropies (JSON and plots).")

@@ -68,8 +68,8 @@ def _mean(values: Sequence[float | None], form: str) -> str:
 
 
 def plot_report(report: AdapterReport, directory: str | os.PathLike[str]) -> list[Path]:
-    """Write norms.png, effective_ranks.png (layers x modules) and spectra.png into a folder, and
-    entanglement.png where the report has entropies."""
+    """Write norms.png, effective_ranks.png (layers x modules) and spectra.png into a folder, also
+    ranks.png where the sites' ranks differ, and entanglement.png where it has entropies."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -85,6 +85,8 @@ def plot_report(report: AdapterReport, directory: str | os.PathLike[str]) -> lis
         "effective_ranks": _heat_map(Figure, report, "effective rank", lambda s: s.effective_rank),
         "spectra": _spectra(Figure, report),
     }
+    if len({s.rank for s in report.sites if s.rank is not None}) > 1:
+        figures["ranks"] = _heat_map(Figure, report, "rank", lambda s: s.rank, whole=True)
     if any(s.entropy for s in report.sites):
         figures["entanglement"] = _entanglement(Figure, report)
     paths = []
@@ -95,8 +97,13 @@ def plot_report(report: AdapterReport, directory: str | os.PathLike[str]) -> lis
 
 
 def _heat_map(
-    figure_class: Any, report: AdapterReport, label: str, value: Callable[[SiteReport], Any]
+    figure_class: Any,
+    report: AdapterReport,
+    label: str,
+    value: Callable[[SiteReport], Any],
+    whole: bool = False,
 ) -> Any:
+    """Layers x modules; `whole` numbers also stand in their cells, on a scale from 0."""
     import numpy as np
 
     rows = sorted({s.layer for s in report.sites}, key=lambda i: -1 if i is None else i)
@@ -108,7 +115,10 @@ def _heat_map(
     figure = figure_class(figsize=(1.6 + 0.75 * len(columns), 1.6 + 0.22 * len(rows)))
     axes = figure.subplots()
     axes.set_facecolor("0.85")  # what has no value shows as grey
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+    low = 0 if whole else None
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=low)
+    if whole:
+        _write_numbers(axes, grid)
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
     step = max(1, len(rows) // 16)
     shown = range(0, len(rows), step)
@@ -117,6 +127,16 @@ def _heat_map(
     axes.set_title(f"{report.name} ({report.method})")
     figure.colorbar(image, ax=axes, label=label)
     return figure
+
+
+def _write_numbers(axes: Any, grid: Any) -> None:
+    import numpy as np
+
+    most = np.nanmax(grid)
+    for row, column in np.argwhere(~np.isnan(grid)):
+        colour = "black" if grid[row, column] > 0.6 * most else "white"
+        text = {"ha": "center", "va": "center", "color": colour, "fontsize": 7}
+        axes.text(column, row, f"{grid[row, column]:.0f}", **text)
 
 
 def _entanglement(figure_class: Any, report: AdapterReport) -> Any:
