@@ -293,3 +293,33 @@ def test_is_immutable_and_prints_no_tensors():
     with pytest.raises(AttributeError):
         x.scale = 2.0
     assert repr(x) == "LowRank(6 x 5, rank=2, scale=1, torch.float64)"
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (3, 40, 60)])
+@pytest.mark.parametrize("fall", [0.0, 0.15])
+def test_a_deep_cut_takes_the_short_way_and_is_the_same(shape, fall: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    *batch, out, columns = shape
+    B = torch.randn(*batch, out, 24, generator=g) * torch.exp(-fall * torch.arange(24))
+    low = LowRank(B, torch.randn(*batch, 24, columns, generator=g), 1.7)
+    kept, dropped = low.truncate(rank=5)
+    U, S, Vh = torch.linalg.svd(low.dense(torch.float64), full_matrices=False)
+    best = (U[..., :5] * S[..., None, :5]) @ Vh[..., :5, :]
+    error = (kept.dense(torch.float64) - best).norm() / best.norm()
+    assert float(error) < 1e-6
+    assert dropped == pytest.approx(float(S[..., 5:].square().sum() / S.square().sum()), rel=1e-5)
+    assert kept.rank == 5
+
+
+def test_a_cut_through_numbers_that_a_gram_matrix_loses_takes_the_long_way() -> None:
+    g = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -9, 12, dtype=torch.float64)
+    B = torch.linalg.qr(torch.randn(30, 12, generator=g, dtype=torch.float64)).Q * scales
+    A = torch.linalg.qr(torch.randn(40, 12, generator=g, dtype=torch.float64)).Q.mT
+    kept, _ = LowRank(B, A).truncate(rank=4)
+    S = torch.linalg.svdvals(kept.dense())
+    torch.testing.assert_close(S[:4], scales[:4], rtol=1e-6, atol=0)
+    copies = LowRank(torch.cat([B, B, B], 1), torch.cat([A, A, A]))
+    torch.testing.assert_close(
+        copies.truncate(rank=4)[0].dense(), 3 * kept.dense(), atol=1e-9, rtol=0
+    )

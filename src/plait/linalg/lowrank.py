@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plait.linalg.factored import (
     product_inner,
+    product_leading,
     product_norm,
     product_singular_values,
     product_svd,
@@ -238,6 +239,12 @@ class LowRank:
         """
         _check_truncation(rank, energy)
         self._require_finite("truncate")
+        if energy is None and rank is not None and 0 < 3 * rank <= min(self.rank, *self.shape[-2:]):
+            leading = product_leading(self.B, self.A, self.scale, rank)
+            if leading is not None:
+                U, S, Vh, total = leading
+                dropped = max(0.0, 1 - float(S.square().sum()) / total) if total else 0.0
+                return LowRank.from_svd(U, S, Vh, self.dtype), dropped
         U, S, Vh = product_svd(self.B, self.A, self.scale)
         keep = S.shape[-1] if rank is None else min(rank, S.shape[-1])
         if energy is not None:
