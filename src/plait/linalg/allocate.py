@@ -10,7 +10,7 @@ highest scores, wherever they are. It spends the whole budget, on components tha
 
 import heapq
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 import torch
@@ -77,14 +77,14 @@ class _Step(NamedTuple):
 
 def _hull_steps(price: Sequence[float], worth: Sequence[float]) -> list[_Step]:
     """Steps along the upper concave hull of (price, worth), as far as worth grows."""
-    steps, at = [], 0
-    while at + 1 < len(price):
-        rates = {
-            j: (worth[j] - worth[at]) / (price[j] - price[at]) for j in range(at + 1, len(price))
-        }
-        best = max(rates, key=lambda j: (rates[j], -j))
-        if rates[best] <= 0:
-            break
-        steps.append(_Step(rates[best], price[best] - price[at], best))
-        at = best
-    return steps
+
+    def rate(i: int, j: int) -> float:
+        return (worth[j] - worth[i]) / (price[j] - price[i])
+
+    hull = [0]
+    for j in range(1, len(price)):
+        while len(hull) > 1 and rate(hull[-2], hull[-1]) < rate(hull[-1], j):
+            hull.pop()
+        hull.append(j)
+    steps = [_Step(rate(i, j), price[j] - price[i], j) for i, j in pairwise(hull)]
+    return list(takewhile(lambda step: step.rate > 0, steps))

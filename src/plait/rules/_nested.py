@@ -24,17 +24,17 @@ class NestedDelta(PairDelta):
     options: NestedOptions
     leading: int | None = None
     """How many components count in the pass that trains now; None is all of them."""
-    frozen: bool = False
+    last_only: bool = False
     """Of these, only the last one gets a gradient."""
 
     def trained(self) -> LowRank:
-        return super().trained() if self.leading is None else self.cut(self.leading, self.frozen)
+        return super().trained() if self.leading is None else self.cut(self.leading, self.last_only)
 
-    def cut(self, rank: int, frozen: bool = False) -> LowRank:
+    def cut(self, rank: int, last_only: bool = False) -> LowRank:
         """dW_b for b = `rank`, or for all components where there are fewer."""
         b = min(rank, self.rank)
         A, B = self.A[:b], self.B[:, :b]
-        if frozen:
+        if last_only:
             A = torch.cat([A[: rank - 1].detach(), A[rank - 1 :]])
             B = torch.cat([B[:, : rank - 1].detach(), B[:, rank - 1 :]], dim=1)
         return LowRank(B=B, A=A, scale=self._alpha() / self._root(b))

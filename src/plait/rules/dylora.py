@@ -13,12 +13,12 @@ Paper: Valipour et al., 2022, arXiv 2210.07558. Parameters: r (in + out) a site.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from plait.adapter import Adapter, Method, Rule, Run, build_adapter, get_method, per_site
+from plait.adapter import Adapter, Method, PairDelta, Rule, Run, build_adapter, get_method, per_site
 from plait.adapter.choices import check_choices
 from plait.adapter.seeds import generator
 from plait.errors import PlaitError
@@ -74,7 +74,7 @@ class Dylora(Rule):
 
     def _set(self, leading: int | None) -> None:
         for delta in self._deltas:
-            delta.leading, delta.frozen = leading, self.frozen
+            delta.leading, delta.last_only = leading, self.frozen
 
     def before_step(self) -> None:
         b = self.width(self.run.step)
@@ -126,7 +126,7 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
     )
     for path, delta in found.items():
         low = delta.cut(rank)
-        made.deltas[path].set_pair(low.A, low.B)  # type: ignore[attr-defined]
+        cast(PairDelta, made.deltas[path]).set_pair(low.A, low.B)
     return made
 
 
