@@ -34,6 +34,7 @@ _HOME = {
     "get_method": "plait.adapter",
     "load": "plait.adapter.formats",
     "merge": "plait.merging",
+    "merge_checkpoints": "plait.merging",
     "method_names": "plait.adapter",
     "per_row": "plait.adapter",
     "read_adapter": "plait.adapter.formats",
@@ -70,7 +71,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
     )
     from plait.adapter.formats import load, read_adapter  # noqa: F401
     from plait.errors import PlaitError  # noqa: F401
-    from plait.merging.driver import merge  # noqa: F401
+    from plait.merging import merge, merge_checkpoints  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

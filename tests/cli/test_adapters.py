@@ -82,3 +82,18 @@ def test_convert_cuts_to_a_rank_and_keeps_the_rest(run, adapters, tmp_path: Path
     assert code == 0 and "dropped" not in text
     code, _, err = run("convert", adapters["sql"], tmp_path / "x", "--to", "peftt")
     assert (code == 2 and "did you mean 'peft'?" in err) or "unknown format 'peftt'" in err
+
+
+def test_merge_by_entries_and_into_a_checkpoint(run, adapters, base: Path, tmp_path: Path) -> None:
+    inputs = [adapters["sql"], adapters["chat"]]
+    out = tmp_path / "ties"
+    code, text, err = run("merge", *inputs, "--method", "ties", "--density", "0.5", "-o", out)
+    assert code == 0, err
+    assert "ties in aligned" in text
+    assert plait.read_adapter(out).info["merge"]["options"]["density"] == 0.5
+    code, text, err = run("merge", *inputs, "--into", base, "-o", tmp_path / "model")
+    assert code == 0, err
+    assert (tmp_path / "model" / "merge.json").is_file()
+    assert list((tmp_path / "model").glob("*.safetensors"))
+    code, _, err = run("merge", *inputs, "--density", "0.5", "-o", tmp_path / "none")
+    assert code != 0 and "unknown option 'density'" in err

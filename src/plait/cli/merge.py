@@ -13,13 +13,21 @@ from plait.cli.convert import dropped_line, size_of
 
 def merge(
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER...", help="Folders or files, of any format.")
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Adapters of any format; with --into models too."),
     ],
     out: Annotated[str, typer.Option("--out", "-o", help="Where to write the result.")],
     method: Annotated[str, typer.Option(help="See `plait methods --merge`.")] = "linear",
     weights: Annotated[
         str | None, typer.Option(help="One for each, joined by commas: 1,0.5,-0.2. Else the mean.")
     ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of entries kept, for methods that drop some.")
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="factors, aligned or delta; else the method's best.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
     rank: Annotated[int | None, typer.Option(help="Cut every site to this rank.")] = None,
     energy: Annotated[
         float | None, typer.Option(help="Cut to the fewest components with this share, as in 0.99.")
@@ -32,8 +40,20 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help=f"{BASE_HELP} For adapters that need its weights.")
     ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(help="A base model's folder: write it with the merge in, tensor by tensor."),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="With --into: writers at the same time.")] = 1,
 ) -> None:
-    """Merge adapters of one base into a plain LoRA, exactly unless --rank or --energy cuts it."""
+    """Merge adapters of one base into a plain LoRA, or adapters and models into a checkpoint."""
+    options = read_settings(setting or [])
+    if density is not None:
+        options["density"] = density
+    parts = parse_weights(weights) if weights is not None else None
+    if into is not None:
+        _into(adapters, out, method, parts, into, seed, processes, options)
+        return
     import plait
 
     sources: list[Any] = list(adapters)
@@ -44,21 +64,53 @@ def merge(
     merged = plait.merge(
         sources,
         method,
-        parse_weights(weights) if weights is not None else None,
+        parts,
+        space=space,
         rank=rank,
         energy=energy,
+        seed=seed,
         name=name or _name_from(out),
         progress=on_terminal(),
-        **read_settings(setting or []),
+        **options,
     )
     ranks = sorted({getattr(d, "rank", 0) for d in merged.deltas.values()})
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-    used = merged.info["merge"]["weights"]
-    print(f"merged {len(sources)} adapters ({method}, weights {', '.join(f'{w:g}' for w in used)})")
+    facts = merged.info["merge"]
+    used = ", ".join(f"{w:g}" for w in facts["weights"])
+    print(f"merged {len(sources)} adapters ({method} in {facts['space']}, weights {used})")
     print(f"{len(merged.deltas)} sites, rank {span}, {merged.num_parameters():,} parameters")
     print(dropped_line(merged.info["dropped_energy"]))
     written = merged.save(out, format=to)
     print(f"wrote {written} ({to}, {size_of(Path(written))})")
+
+
+def _into(
+    inputs: list[str],
+    out: str,
+    method: str,
+    weights: list[float] | None,
+    base: str,
+    seed: int,
+    processes: int,
+    options: dict[str, Any],
+) -> None:
+    """Merge into a checkpoint; a base may be given by its short name."""
+    import plait
+    from plait.training.bases import get_base
+
+    written = plait.merge_checkpoints(
+        inputs,
+        out,
+        method,
+        weights,
+        base=get_base(base),
+        seed=seed,
+        processes=processes,
+        progress=on_terminal(),
+        **options,
+    )
+    print(f"merged {len(inputs)} inputs into {base} ({method})")
+    print(f"wrote {written} ({size_of(Path(written))}); facts on every tensor in merge.json")
 
 
 def parse_weights(text: str) -> list[float]:
@@ -84,5 +136,7 @@ def add(app: typer.Typer) -> None:
             "plait merge out/sql out/french -o out/both",
             "plait merge a b c --weights 1,0.5,-0.2 --rank 16 -o out/abc",
             "plait merge a b --energy 0.99 --to peft -o out/ab-peft",
+            "plait merge a b c --method ties --density 0.3 -o out/ties",
+            "plait merge model-a model-b a --method ties --into base-model -o out/model",
         ),
     )(merge)
