@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -82,20 +81,15 @@ def test_what_each_kind_of_error_says() -> None:
     assert explain(MemoryError())[1] == 2
 
 
-def test_version_and_help_are_quick_and_import_nothing_heavy() -> None:
+def test_version_and_help_import_nothing_heavy() -> None:
     code = (
         "import sys; from plait.cli.main import main; code = main(['--help']);"
         "heavy = {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules);"
         "print(heavy, file=sys.stderr); sys.exit(code)"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0 and "quickstart" in done.stdout
-        assert done.stderr == "set()\n"
-    assert min(seconds) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "quickstart" in done.stdout
+    assert done.stderr == "set()\n"
     assert plait("--version").stdout.startswith("plait ")
 
 
