@@ -59,7 +59,7 @@ def concentration(z: Tensor, k: int, rows: int) -> Tensor:
     """
     if len(z) > rows:
         z = z[torch.linspace(0, len(z) - 1, rows).round().long().to(z.device)]
-    share: Tensor = _TopShare.apply(z, k)  # type: ignore[no-untyped-call]
+    share: Tensor = _TopShare.apply(z, k)
     return -share
 
 
@@ -74,8 +74,10 @@ def _over_blocks(of_rows: Callable[..., Tensor], *logits: Tensor) -> Tensor:
     if len(logits[0]) <= size:
         return of_rows(*logits) / count
     blocks = zip(*(z.split(size) for z in logits), strict=True)
-    again = {"use_reentrant": False, "preserve_rng_state": False}
-    sums = [checkpoint(of_rows, *block, **again) for block in blocks]
+    sums = [
+        checkpoint(of_rows, *block, use_reentrant=False, preserve_rng_state=False)
+        for block in blocks
+    ]
     return torch.stack(sums).sum() / count
 
 
@@ -96,7 +98,8 @@ class _TopShare(torch.autograd.Function):
             part = part.to(wide)
             gram.addmm_(part, part.mT)
         # A step that overflows is left out by a loss scaler; eigh would end the run instead.
-        gram = torch.where(gram.isfinite().all(), gram, torch.eye(len(gram)).to(gram))
+        one = torch.eye(len(gram), dtype=wide, device=z.device)
+        gram = torch.where(gram.isfinite().all(), gram, one)
         squares, U = torch.linalg.eigh(gram)
         s = squares.clamp_min(0).sqrt()
         s = torch.where(s > s[-1] * (len(s) * torch.finfo(wide).eps) ** 0.5, s, 0.0)
