@@ -22,7 +22,7 @@ from plait.adapter import Adapter, Method, PairDelta, Rule, Run, build_adapter, 
 from plait.adapter.choices import check_choices
 from plait.adapter.seeds import generator
 from plait.errors import PlaitError
-from plait.rules._hold import Held
+from plait.rules._hold import Held, Moving
 from plait.rules._nested import NestedDelta, NestedOptions, nested_count
 
 
@@ -77,13 +77,13 @@ class Dylora(Rule):
             delta.leading, delta.last_only = leading, self.frozen
 
     def before_step(self) -> None:
-        b = self.width(self.run.step)
+        b, moving = self.width(self.run.step), []
         for delta in self._deltas:
             last = min(b, delta.rank)
             first = min(b - 1, last) if self.frozen else 0
             for name, axis in delta.rank_axes().items():
-                parameter = delta.get_parameter(name)
-                self._held.outside(parameter, axis, first, last, self.run.optimizer)
+                moving.append(Moving(delta.get_parameter(name), axis, first, last))
+        self._held.take(moving, self.run.optimizer)
 
     def after_step(self) -> None:
         self._held.put_back(self.run.optimizer)
