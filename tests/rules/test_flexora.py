@@ -13,6 +13,7 @@ from torch.func import functional_call
 import plait
 from plait import kernels
 from plait.rules.flexora import Flexora
+from plait.testing import RuleCase
 
 DEPTH = 4
 SITES = r"layers\.\d\.(up|down)"
@@ -145,9 +146,7 @@ def test_blocks_left_out_stay_frozen_and_the_others_restart(restart: bool) -> No
     rule = Flexora(search=4, batches=1, keep=2, restart=restart)
     model, adapter, run = stacked(rule, steps=8)
     start = {n: p.detach().clone() for n, p in adapter.named_parameters()}
-    train(model, run, batches(3))
-    during = {n: p.detach().clone() for n, p in adapter.named_parameters()}
-    train(model, run, batches(4)[3:])
+    train(model, run, batches(4))
     chosen = rule.selected()
     inside = {n for n in start if int(n.split(".")[1]) in chosen}
     assert len(chosen) == 2 and len(inside) == len(start) // 2
@@ -165,9 +164,14 @@ def test_blocks_left_out_stay_frozen_and_the_others_restart(restart: bool) -> No
     answer = model(ids)
     run.finish()
     torch.testing.assert_close(model(ids), answer)
-    ranks = {int(path.split(".")[1]): d.rank for path, d in adapter.deltas.items()}
-    assert ranks == {i: 3 if i in chosen else 0 for i in range(DEPTH)}
-    assert during.keys() == start.keys()
+    assert {int(path.split(".")[1]) for path in adapter.deltas} == set(chosen)
+    assert adapter.num_parameters() == sum(start[n].numel() for n in inside)
+    assert not any(
+        type(m).__name__.startswith("Adapted")
+        for i in {*range(DEPTH)} - {*chosen}
+        for m in model.layers[i].modules()
+    )
+    assert all(p.requires_grad for p in adapter.parameters())
 
 
 def test_stage_two_is_plain_lora_on_the_chosen_blocks() -> None:
@@ -181,6 +185,7 @@ def test_stage_two_is_plain_lora_on_the_chosen_blocks() -> None:
         other, "lora", rank=3, alpha=6, targets=rf"layers\.({path})\.(up|down)", seed=0
     )
     train(other, plait.RuleStack(other, [], lr=1e-2), batches(6)[2:])
+    assert list(alone.deltas) == list(adapter.deltas)
     for place, delta in alone.deltas.items():
         assert torch.equal(delta.A, adapter.deltas[place].A)
         assert torch.equal(delta.B, adapter.deltas[place].B)
@@ -298,9 +303,9 @@ def test_resuming_gives_the_same_trajectory(kind: str, half: int) -> None:
         assert torch.equal(late.state_dict()[key], value), key
 
 
-def test_a_held_back_start_is_dropped_with_its_pair() -> None:
+def test_a_held_back_start_goes_with_its_site() -> None:
     model = make_stack(depth=DEPTH)
-    adapter = plait.attach(model, "lora", initializer="pissa", rank=2, targets=SITES, seed=0)
+    plait.attach(model, "lora", initializer="pissa", rank=2, targets=SITES, seed=0)
     bare = make_stack(depth=DEPTH)
     rule = Flexora(search=1, batches=1, keep=1)
     run = plait.RuleStack(model, [rule], lr=1e-2, total_steps=2, validation=batches(1))
@@ -310,9 +315,40 @@ def test_a_held_back_start_is_dropped_with_its_pair() -> None:
     for i in range(DEPTH):
         same = torch.allclose(model.layers[i](x), bare.layers[i](x), atol=1e-12)
         assert same or i in rule.selected()
-    for path, delta in adapter.deltas.items():
-        if int(path.split(".")[1]) not in rule.selected():
-            assert delta.rank == 0 and not delta.dense().any()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("vera", {"rank": 2}),  # shares tensors: its sites stay
+        ("kasa", {"rank": 2}),  # does not start at the base
+        ("bone", {"rank": 2}),  # no pair
+    ],
+)
+def test_any_method_is_left_out_of_a_block_so_that_the_base_answers_there(method, options) -> None:
+    model, bare = make_stack(depth=DEPTH), make_stack(depth=DEPTH)
+    adapter = plait.attach(model, method, targets=SITES, seed=0, **options)
+    rule = Flexora(search=2, batches=1, keep=1)
+    run = plait.RuleStack(model, [rule], lr=1e-2, total_steps=4, validation=batches(1))
+    train(model, run, batches(4))
+    run.finish()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for i in range(DEPTH):
+        same = torch.allclose(model.layers[i](x), bare.layers[i](x), atol=1e-12)
+        assert same == (i not in rule.selected())
+    assert len(adapter.deltas) == (8 if method == "vera" else 2)
+
+
+def test_routers_of_blocks_left_out_add_no_loss() -> None:
+    case = RuleCase(plait.get_method("flexora"))
+    model = case.model()
+    plait.attach(model, "mixlora", seed=0, **plait.get_method("mixlora").example)
+    rules = [Flexora(search=1, batches=1, keep=1)]
+    run = plait.RuleStack(model, rules, lr=1e-2, total_steps=4, validation=case.batches(1))
+    for batch in case.batches(3):
+        (model(**batch).loss + run.extra_loss()).backward()
+        run.step()
+    run.finish()
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -324,6 +360,10 @@ def test_what_cannot_be_is_refused() -> None:
         plait.RuleStack(model, [Flexora(search=10)], total_steps=10, validation=batches(1))
     with pytest.raises(plait.PlaitError, match="direct, unroll1, unrollK"):
         Flexora(hypergrad="second")
+    shared = make_stack(depth=DEPTH)
+    plait.attach(shared, "hypelora", rank=2, targets=SITES)
+    with pytest.raises(plait.PlaitError, match="share tensors"):
+        plait.RuleStack(shared, ["flexora"], total_steps=10, validation=batches(1))
     one = make_stack(depth=DEPTH)
     plait.attach(one, "lora", rank=2, targets=r"layers\.1\.(up|down)")
     with pytest.raises(plait.PlaitError, match="1 transformer blocks"):

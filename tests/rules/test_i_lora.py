@@ -13,6 +13,7 @@ import plait
 from plait.rules._block_outputs import shortfall
 from plait.rules._reservoir import Reservoir
 from plait.rules.i_lora import ILora
+from plait.testing import RuleCase
 from plait.testing.models import tiny_llama
 
 
@@ -295,6 +296,22 @@ def test_an_earlier_task_is_kept_better_than_without_replay() -> None:
         train(model, run, [first] * 40 + [second] * 40)
         left.append(float(model(first).detach()))
     assert left[1] < left[0] - 0.1
+
+
+def test_routers_losses_stay_those_of_the_batch() -> None:
+    case = RuleCase(plait.get_method("i-lora"))
+    found = []
+    for start in (99, 1):
+        model = case.model()
+        adapter = plait.attach(model, "mixlora", seed=0, **plait.get_method("mixlora").example)
+        run = plait.RuleStack(model, [ILora(from_step=start)], lr=1e-2, seed=5)
+        batch = case.batches(2)
+        (model(**batch[0]).loss + run.extra_loss()).backward()
+        run.step()
+        model(**batch[1])
+        run.rules[0].extra_loss()
+        found.append(adapter.auxiliary_loss())
+    assert torch.equal(*found)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -7,14 +7,15 @@ drop      pairs outside lose their rank (a held-back start with it), so that dW 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plait.adapter import Delta, PairDelta, Run
+from plait.adapter import Run, block_index
 from plait.errors import PlaitError
 from plait.rules._block_gates import BlockGates, check_gates
+from plait.rules._removal import remove_sites, shares_tensors
 
 
 class BlockChoice:
@@ -51,18 +52,16 @@ class BlockChoice:
         self.gates.set([float(index in blocks) for index in self.gates.blocks])
 
     def drop(self) -> None:
-        """Remove what was left out, and take the gates off."""
+        """Take the gates off, and out of the adapters what was left out."""
         assert self.chosen is not None
         trained = {id(p) for p in self.parameters}
         for parameter in self._outside(self.chosen):
             parameter.requires_grad_(id(parameter) in trained)
-        for index, deltas in self.gates.deltas.items():
-            for delta in deltas if index not in self.chosen else ():
-                if _loses_rank(delta):
-                    delta.keep([], self.run.optimizer)
-                    for held in delta.optional & delta._buffers.keys():
-                        del delta._buffers[held]
         self.gates.clear()
+        for adapter in self.run.adapters:
+            if not shares_tensors(adapter):
+                out = {p for p in adapter.deltas if block_index(p) not in (None, *self.chosen)}
+                remove_sites(adapter, out)
 
     def rate(self, given: float | None) -> float:
         """`given`, or else the optimiser's learning rate now."""
@@ -95,16 +94,13 @@ def check_choice(run: Run, rule: str) -> None:
     """PlaitError unless `run`'s adapters can be left out of some of several blocks."""
     check_gates(run, rule)
     for adapter in run.adapters:
-        for path, delta in adapter.deltas.items():
-            if not delta.traits.zero_start and not _loses_rank(delta):
-                raise PlaitError(
-                    f"{rule}: at {path!r} {adapter.method.name!r} neither starts at the base model "
-                    "nor can lose its rank, so it cannot be left out; use a method such as lora."
-                )
-
-
-def _loses_rank(delta: Delta) -> TypeGuard[PairDelta]:
-    return isinstance(delta, PairDelta) and delta.site.kind != "parameter"
+        zero = all(d.traits.zero_start for d in adapter.deltas.values())
+        if shares_tensors(adapter) and (list(adapter.shared.parameters()) or not zero):
+            raise PlaitError(
+                f"{rule}: the sites of {adapter.method.name!r} share tensors, and what they add "
+                "does not vanish where a site's own go back to their start; use a method such as "
+                "lora."
+            )
 
 
 def _forget(optimizer: Any, parameter: nn.Parameter) -> None:

@@ -38,6 +38,8 @@ class BlockGates:
             was = weights[adapter.name][path]
             weights[adapter.name][path] = gate[index] if was == 1 else was * gate[index]
         activate(self.model, weights)
+        # A router at a gate of 0 runs no more: what it left of its last pass must not stay a loss.
+        get_state(self.model).context.clear()
 
     def clear(self) -> None:
         """The weights from before."""

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from plait.adapter.state import find_state
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -38,6 +40,20 @@ def holding(parameters: Sequence[nn.Parameter], values: Iterable[Tensor]) -> Ite
     finally:
         for parameter, data in zip(parameters, own, strict=True):
             parameter.data = data
+
+
+@contextmanager
+def unrecorded(model: nn.Module) -> Iterator[None]:
+    """What routers leave behind within the block is forgotten: their losses stay the batch's."""
+    state = find_state(model)
+    if state is None:
+        yield
+        return
+    kept, state.context.records = state.context.records, {}
+    try:
+        yield
+    finally:
+        state.context.records = kept
 
 
 @contextmanager

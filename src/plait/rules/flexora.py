@@ -10,9 +10,9 @@
 `hypergrad` says how far alpha's gradient follows training: "direct" (the released code) not at all,
 "unroll1" and "unrollK" through one or `unroll` steps of gradient descent on the last batches.
 Softmax makes alpha relative: about half the blocks pass. Sites outside all blocks have no gate and
-stay. Blocks that leave go back to where the run began, and pairs there lose their rank at its end;
-a run cut short in the search keeps the S of its last step, as trained. Held-out batches come from
-`eval_data` or `validation=`. Departure: a multiplies dW once (the released hooks reach a^3).
+stay. Blocks that leave go back to where the run began, and the adapter loses its sites there when
+it ends; a run cut short in the search keeps the S of its last step, as trained. The held-out
+batches are `eval_data`'s or `validation`. Departure: a multiplies dW once (released: a^3).
 Paper: Wei et al., 2024, arXiv 2408.10774. Trains |S| / N of the adapter after the search.
 """
 

@@ -32,7 +32,7 @@ from plait.errors import PlaitError
 from plait.rules._average import AveragingRule, move_average, widened
 from plait.rules._base_weights import refuse_several_processes
 from plait.rules._block_outputs import block_outputs, shortfall
-from plait.rules._forwards import evaluating
+from plait.rules._forwards import evaluating, unrecorded
 from plait.rules._passes import Passes, loss_of
 from plait.rules._recent_batches import Batch, batch_of
 from plait.rules._reservoir import Reservoir, rows_in
@@ -89,7 +89,7 @@ class ILora(AveragingRule):
         own = loss_of(done.output)
         if own.requires_grad:
             own.register_hook(lambda g: g / 2)
-        with self._passes.quiet():
+        with self._passes.quiet(), unrecorded(self.run.model):
             return self._replay(self._draw(self._new[-1]))
 
     def _draw(self, like: Batch) -> Batch:
