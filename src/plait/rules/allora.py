@@ -32,10 +32,6 @@ from plait.errors import PlaitError
 from plait.linalg.precision import working_dtype
 from plait.rules._row_norms import change_norms
 
-MIXED_KINDS = ("linear", "conv", "embedding")
-Factors = list[tuple[nn.Parameter, Tensor]]
-"""What scales a parameter: a column for its rows, or one number."""
-
 
 @dataclass
 class Allora(Rule):
@@ -84,18 +80,16 @@ class Allora(Rule):
         """c of row norms."""
         return (norms + self.eta**-2).rsqrt()
 
-    def _mix(
-        self, pair: Pair, module: Any, args: Any, kwargs: Any, output: Tensor
-    ) -> Tensor | None:
+    def _mix(self, pair: Pair, _: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         """Turn A's gradient s B^T g into s B^T diag(c / mean(c)) g; the output stays what it is."""
         if not (torch.is_grad_enabled() and pair.A.requires_grad):
             return None
         x = first_input(args, kwargs).detach()
         c = self.factor(change_norms(pair))
         weighted = (c / c.mean() - 1)[:, None] * pair.scale * pair.B.detach()
-        dtype = x.dtype if x.is_floating_point() else output.dtype
+        dtype = x.dtype if x.is_floating_point() else y.dtype
         zero = pair.delta.site.apply_low_rank(x, pair.A.to(dtype), weighted.to(dtype))
-        return output + (zero - zero.detach()).to(output.dtype)
+        return y + (zero - zero.detach()).to(y.dtype)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -107,7 +101,8 @@ class Allora(Rule):
             else:
                 self._moved.append((p, p.detach().clone(), c))
 
-    def _factors(self, pair: Pair) -> Factors:
+    def _factors(self, pair: Pair) -> list[tuple[nn.Parameter, Tensor]]:
+        """What scales each parameter: a column for its rows, or one number."""
         if self.target == "param_rows":
             return [(p, self.factor(_own_rows(p))[..., None]) for p in (pair.A, pair.B)]
         if self.target == "B_rows":
@@ -132,17 +127,16 @@ def _own_rows(p: Tensor) -> Tensor:
 
 
 def _is_product(pair: Pair) -> bool:
-    return pair.delta.traits.low_rank and pair.delta.site.kind in MIXED_KINDS
+    return pair.delta.traits.low_rank and pair.delta.site.kind != "parameter"
 
 
 def _refuse_weights(run: Run) -> None:
     state = find_state(run.model)
     for adapter in run.adapters:
-        weight = 1.0 if state is None else state.active[adapter.name]
-        if not isinstance(weight, float | int) or weight != 1:
+        if state is not None and state.active[adapter.name] != 1.0:
             raise PlaitError(
-                f"rule Allora with target delta_rows trains adapter {adapter.name!r} at weight 1, "
-                "and it is active at another; activate it alone, or use target B_rows."
+                f"rule Allora trains adapter {adapter.name!r} at weight 1, and it is active at "
+                "another; activate it at 1, or use target B_rows."
             )
 
 
