@@ -303,5 +303,5 @@ def test_schedules_that_cannot_be_are_refused(options, steps, message) -> None:
 def test_other_methods_are_refused() -> None:
     model = make_stack()
     plait.attach(model, "lora", rank=2, seed=0)
-    with pytest.raises(plait.PlaitError, match="use method adalora"):
+    with pytest.raises(plait.PlaitError, match="drops the triplets"):
         plait.RuleStack(model, ["adalora"], total_steps=10)

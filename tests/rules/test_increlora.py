@@ -250,7 +250,7 @@ def test_growth_needs_a_reserve() -> None:
 def test_other_methods_are_refused() -> None:
     model = make_stack()
     plait.attach(model, "lora", rank=2, seed=0)
-    with pytest.raises(plait.PlaitError, match="use method increlora"):
+    with pytest.raises(plait.PlaitError, match="grows the gated"):
         plait.RuleStack(model, [rule()])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_models import make_stack
+from rule_models import batches, make_stack, train
 
 import plait
 from plait.rules.lora_pro import LoraPro
@@ -47,3 +47,22 @@ def test_rules_with_one_claim_or_with_clashing_states_are_refused_by_their_decla
         plait.RuleStack(model, [Frees(), Remembers()])
     with pytest.raises(plait.PlaitError, match="LoraPro and LoraFa each replace"):
         plait.RuleStack(model, ["lora-pro", "lora-fa"])
+
+
+@pytest.mark.parametrize("rule", ["lora-pro", "lora-fa", "riemannian", "lora-plus", "allora"])
+def test_a_head_that_trains_along_needs_no_pairs(rule: str) -> None:
+    model = make_stack()
+    plait.attach(model, "lora", rank=2, seed=0, targets=["up"], train_modules=["head"])
+    run = plait.RuleStack(model, [rule], lr=1e-2)
+    before = [p.detach().clone() for g in run.optimizer.param_groups for p in g["params"]]
+    train(model, run, batches(2))
+    after = [p for g in run.optimizer.param_groups for p in g["params"]]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_adalora_trains_beside_a_head() -> None:
+    model = make_stack()
+    plait.attach(model, "adalora", rank=3, seed=0, targets=["up"], train_modules=["head"])
+    run = plait.RuleStack(model, [{"adalora": {"warmup": 0, "final": 1}}], total_steps=4)
+    train(model, run, batches(4))
+    run.finish()

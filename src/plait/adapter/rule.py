@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from plait.adapter.adapter import Adapter
 from plait.adapter.method import Method
 from plait.adapter.registry import get_method
+from plait.adapter.replacement import is_extra
 from plait.adapter.state import find_state
 from plait.adapter.together import conflicts
 from plait.errors import PlaitError, unknown
 
+D = TypeVar("D")
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
@@ -52,6 +54,12 @@ class Run:
 
     def pairs(self) -> list[Any]:
         return [p for a in self.adapters for p in a.pairs()]
+
+    def deltas(self, kind: type[D]) -> dict[str, D]:
+        """{"adapter/site path": delta} of the deltas of this class; a head that trains along is of
+        another."""
+        named = ((f"{a.name}/{path}", d) for a in self.adapters for path, d in a.deltas.items())
+        return {name: delta for name, delta in named if isinstance(delta, kind)}
 
     def steps(self, share_or_count: float) -> int:
         """A number of steps: taken as a share of the run when below 1."""
@@ -88,7 +96,9 @@ class Rule:
         if not self.needs_pairs:
             return
         for adapter in run.adapters:
-            without = set(adapter.deltas) - {p.path for p in adapter.pairs()}
+            # A head that trains along has no pairs, whatever the method.
+            own = {path for path, delta in adapter.deltas.items() if not is_extra(delta)}
+            without = own - {p.path for p in adapter.pairs()}
             if without:
                 raise PlaitError(
                     f"rule {name} needs (A, B) pairs, which {adapter.method.name!r} does not have "

@@ -55,11 +55,8 @@ class Triplets:
 
 
 def find_triplets(run: Run) -> dict[str, TripletDelta]:
-    """{"adapter/site path": delta}; PlaitError for one without triplets."""
-    found: dict[str, Any] = {
-        f"{a.name}/{path}": delta for a in run.adapters for path, delta in a.deltas.items()
-    }
-    for name, delta in found.items():
-        if not isinstance(delta, TripletDelta):
-            raise PlaitError(f"rule Adalora: {name!r} has no triplets to drop; use method adalora.")
+    """{"adapter/site path": delta}; PlaitError where there are none."""
+    found = run.deltas(TripletDelta)
+    if not found:
+        raise PlaitError("rule Adalora drops the triplets of method adalora; attach that.")
     return found

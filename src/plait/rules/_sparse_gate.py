@@ -74,12 +74,7 @@ def shrunk(u: Tensor, tau: Tensor | float, legacy: bool = False) -> Tensor:
 
 def find_gates(run: Run) -> dict[str, SparseGateDelta]:
     """{"adapter/site path": delta} of those with gates; PlaitError where there are none."""
-    found = {
-        f"{adapter.name}/{path}": delta
-        for adapter in run.adapters
-        for path, delta in adapter.deltas.items()
-        if isinstance(delta, SparseGateDelta)
-    }
+    found = run.deltas(SparseGateDelta)
     if not found:
         raise PlaitError("rule Sora closes the gates of sora's deltas; attach method sora.")
     return found

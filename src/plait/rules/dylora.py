@@ -46,7 +46,7 @@ class Dylora(Rule):
 
     def check(self, run: Run) -> None:
         super().check(run)
-        most = max((d.rank for d in _nested(run)), default=0)
+        most = max((d.rank for d in list(run.deltas(NestedDelta).values())), default=0)
         if not 1 <= self.lowest <= most:
             raise PlaitError(
                 f"dylora: lowest is {self.lowest}, but the nested ranks go up to {most}; attach "
@@ -55,7 +55,7 @@ class Dylora(Rule):
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        self._deltas, self._held = _nested(run), Held()
+        self._deltas, self._held = list(run.deltas(NestedDelta).values()), Held()
         self._most = max(d.rank for d in self._deltas)
         self._handle: Any = run.model.register_forward_pre_hook(self._narrow)
 
@@ -92,11 +92,6 @@ class Dylora(Rule):
     def finish(self) -> None:
         self._handle.remove()
         self._set(None)
-
-
-def _nested(run: Run) -> list[NestedDelta]:
-    deltas = [d for a in run.adapters for d in a.deltas.values()]
-    return [d for d in deltas if isinstance(d, NestedDelta)]
 
 
 def truncate(adapter: Adapter, rank: int) -> Adapter:

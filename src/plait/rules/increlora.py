@@ -122,15 +122,10 @@ class Increlora(Rule):
 
 
 def _gated(run: Run) -> dict[str, GatedDelta]:
-    """{"adapter/site path": delta}; PlaitError for one without gates."""
-    found: dict[str, Any] = {
-        f"{a.name}/{path}": delta for a in run.adapters for path, delta in a.deltas.items()
-    }
-    for name, delta in found.items():
-        if not isinstance(delta, GatedDelta):
-            raise PlaitError(
-                f"rule Increlora: {name!r} has no gates to grow; use method increlora."
-            )
+    """{"adapter/site path": delta}; PlaitError where there are none."""
+    found = run.deltas(GatedDelta)
+    if not found:
+        raise PlaitError("rule Increlora grows the gated deltas of method increlora; attach that.")
     return found
 
 

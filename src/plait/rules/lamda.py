@@ -36,13 +36,13 @@ class Lamda(Rule):
         super().check(run)
         if self.freeze_by < 0:
             raise PlaitError(f"lamda: freeze_by must be at least 0, not {self.freeze_by}.")
-        if not _sandwiches(run):
+        if not list(run.deltas(SandwichDelta).values()):
             raise PlaitError("rule Lamda freezes the B of lamda's deltas; attach method lamda.")
         run.steps(self.freeze_by)  # raises where it is a share of an unknown length
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        self._deltas = _sandwiches(run)
+        self._deltas = list(run.deltas(SandwichDelta).values())
         self._last = run.steps(self.freeze_by)
         self._kept: list[tuple[Any, Tensor]] = []
 
@@ -72,11 +72,6 @@ class Lamda(Rule):
         optimizer = getattr(self.run.optimizer, "optimizer", self.run.optimizer)
         if optimizer is not None:
             optimizer.state.pop(parameter, None)
-
-
-def _sandwiches(run: Run) -> list[SandwichDelta]:
-    deltas = [d for a in run.adapters for d in a.deltas.values()]
-    return [d for d in deltas if isinstance(d, SandwichDelta)]
 
 
 METHOD = Method(

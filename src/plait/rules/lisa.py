@@ -5,9 +5,8 @@
 
 No adapter: the base weights themselves train (`method: none`). Under LoRA the norm of the weight
 change is large in the embedding and the head and small between them; sampling imitates that skew.
-The optimiser holds state for what trains now only: state of a block that freezes is dropped, since
-keeping it would grow to full training's memory once every block has had its turn (the paper's code
-keeps it).
+State of a block that freezes is dropped: kept (as in the paper's code), it would grow to full
+training's memory once every block has had its turn.
 Paper: Pan et al., 2024, arXiv 2403.17919.
 """
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapter import Method, Rule, Run, block_index, find_blocks, make_group
+from plait.adapter.choices import check_choices
 from plait.adapter.seeds import generator
 from plait.errors import PlaitError
 from plait.rules._base_weights import base_group, refuse_several_processes, train_base
@@ -42,15 +42,14 @@ class Lisa(Rule):
     needs_adapter = False
 
     def __post_init__(self) -> None:
+        check_choices(self, "lisa")
         self.claims = frozenset({"base"} if self.over == "base" else ())
 
     def check(self, run: Run) -> None:
-        if self.over not in ("base", "adapters"):
-            raise PlaitError(f"lisa: over is {self.over!r}; use 'base' or 'adapters'.")
         if self.over == "base" and run.adapters:
             raise PlaitError(
-                f"rule Lisa trains base weights, which adapter {run.adapters[0].name!r} relies on; "
-                "use `method: none`, or over='adapters'."
+                f"rule Lisa trains base weights, which adapter {run.adapters[0].name!r} relies "
+                "on; use `method: none`, or over='adapters'."
             )
         if self.over == "adapters" and not run.adapters:
             raise PlaitError("rule Lisa with over='adapters' needs an adapter that trains.")
@@ -77,16 +76,13 @@ class Lisa(Rule):
         if self.over == "base":
             return [list(block.parameters()) for _, block in find_blocks(run.model)]
         found: dict[int, list[nn.Parameter]] = {}
-        for adapter in run.adapters:
-            for path, delta in adapter.deltas.items():
-                index = block_index(path)
-                if index is not None:
-                    found.setdefault(index, []).extend(delta.parameters())
+        for path, delta in ((p, d) for a in run.adapters for p, d in a.deltas.items()):
+            if (index := block_index(path)) is not None:
+                found.setdefault(index, []).extend(delta.parameters())
         return [found[i] for i in sorted(found)]
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        self.active: list[int] = []  # indices of the blocks that train now
         self._sets = self._find(run)
         self._generator = generator(run.seed, "lisa")
         if self.over == "base":
@@ -117,7 +113,7 @@ class Lisa(Rule):
         return sorted(order[hits].tolist())
 
     def _train_only(self, blocks: list[int]) -> None:
-        self.active = blocks
+        self.active = blocks  # indices of those that train now
         kept = {id(p) for index in blocks for p in self._sets[index]}
         for parameter in (p for block in self._sets for p in block):
             on = id(parameter) in kept

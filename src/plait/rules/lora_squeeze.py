@@ -123,11 +123,7 @@ def _most(found: dict[str, PairDelta]) -> int:
 
 def _pairs(run: Run) -> dict[str, PairDelta]:
     """{"adapter/site path": delta} of the run's plain pairs; PlaitError for any other kind."""
-    found = {}
-    for adapter in run.adapters:
-        for path, delta in adapter.deltas.items():
-            if isinstance(delta, PairDelta):
-                found[f"{adapter.name}/{path}"] = delta
+    found = run.deltas(PairDelta)
     for name, delta in found.items():
         plain = delta.pairs() and set(delta.rank_axes()) == {"A", "B"} and delta.scaling > 0
         if not plain:

@@ -43,7 +43,7 @@ class Mosa(Rule):
         super().check(run)
         if self.kl < 0:
             raise PlaitError(f"rule Mosa: kl must be at least 0, not {self.kl}.")
-        if not _deltas(run):
+        if not run.deltas(MosaDelta):
             raise PlaitError("rule Mosa draws the experts of method mosa; attach that.")
         if self.kl and any(
             getattr(m, "gradient_checkpointing", False) for m in run.model.modules()
@@ -60,7 +60,7 @@ class Mosa(Rule):
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        self._deltas = _deltas(run)
+        self._deltas = list(run.deltas(MosaDelta).values())
         self._passes = Passes(run.model) if self.kl else None
         self._draw("first")
 
@@ -92,11 +92,6 @@ class Mosa(Rule):
     def load_state_dict(self, state: dict[str, object]) -> None:
         super().load_state_dict(state)
         self._draw("first")  # the step is another one now
-
-
-def _deltas(run: Run) -> list[MosaDelta]:
-    found = (d for a in run.adapters for d in a.deltas.values())
-    return [d for d in found if isinstance(d, MosaDelta)]
 
 
 METHOD = Method(

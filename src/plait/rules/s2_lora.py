@@ -39,12 +39,12 @@ class S2Lora(Rule):
         super().check(run)
         if self.l1 < 0 or self.orthogonal < 0:
             raise PlaitError("rule S2Lora: l1 and orthogonal must be at least 0.")
-        if not _deltas(run):
+        if not run.deltas(S2LoraDelta):
             raise PlaitError("rule S2Lora shrinks the coefficients of method s2-lora; attach that.")
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        self._deltas = _deltas(run)
+        self._deltas = run.deltas(S2LoraDelta)
 
     def ranks(self) -> dict[str, int]:
         """Components in use, by "adapter/site path"."""
@@ -67,11 +67,6 @@ class S2Lora(Rule):
 def _distance(rows: Tensor) -> Tensor:
     gram = rows @ rows.mT
     return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).square().sum()
-
-
-def _deltas(run: Run) -> dict[str, S2LoraDelta]:
-    named = ((f"{a.name}/{path}", d) for a in run.adapters for path, d in a.deltas.items())
-    return {name: delta for name, delta in named if isinstance(delta, S2LoraDelta)}
 
 
 METHOD = Method(
