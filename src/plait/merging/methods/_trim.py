@@ -27,9 +27,11 @@ def count_of(changes: Changes, share: float) -> int:
 
 def thresholds(changes: Changes, share: float) -> Tensor:
     """The magnitude from which an entry is among the largest `share` of its input, [k, 1, 1]."""
-    if share >= 1:
-        return torch.zeros(changes.k, 1, 1)
-    count = count_of(changes, share)
+    return torch.zeros(changes.k, 1, 1) if share >= 1 else kth(changes, count_of(changes, share))
+
+
+def kth(changes: Changes, count: int) -> Tensor:
+    """The magnitude of the count-th largest entry of every input, [k, 1, 1]."""
     if math.prod(changes.shape) > IN_MEMORY:
         return kth_magnitudes(changes.blocks, [count] * changes.k)[:, None, None]
     found = [kth_magnitude(changes.whole(i), count) for i in range(changes.k)]
