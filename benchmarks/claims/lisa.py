@@ -6,8 +6,8 @@ from lab.verdict import all_of
 CLAIM = Claim(
     slug="lisa",
     paper="Pan et al., 2024, arXiv 2403.17919",
-    statement="training two of four blocks at a time, drawn anew every ten steps, ends above LoRA's "
-    "accuracy and within two points of full training's",
+    statement="training two of four blocks at a time, drawn anew every ten steps, ends above "
+    "LoRA's accuracy and within two points of full training's",
     task="digits-vit",
     contenders=(
         Contender("full", "full"),
