@@ -30,8 +30,8 @@ CLAIM = Claim(
         Contender("lora-pro, LoRA's memory", "lora", LORA, rules=("lora-pro",)),
     ),
     judge=lambda found: all_of(compare(found, "lora-pro", "lora"), closes_half(found)),
-    note="The paper's form, with Adam's moments of dW's size. The claim was first tried with Adam on "
-    "the adjusted gradients alone, which does worse than LoRA; its figures stand beside.",
+    note="The paper's form, with Adam's moments of dW's size. The claim was first tried with Adam "
+    "on the adjusted gradients alone, which does worse than LoRA; its figures stand beside.",
 )
 
 if __name__ == "__main__":
