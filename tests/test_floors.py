@@ -41,7 +41,12 @@ FLOORS: dict[str, float] = {
 }
 """Rooms of one number do not import each other, but for the pairs below."""
 
-NEIGHBOURS = {("statistics", "quantization"), ("evaluation", "training"), ("library", "training")}
+NEIGHBOURS = {
+    ("statistics", "quantization"),
+    ("compression", "merging"),
+    ("evaluation", "training"),
+    ("library", "training"),
+}
 """(a, b) of one floor where a may import b, because b never needs a."""
 
 FILES = sorted(p for p in ROOT.rglob("*.py") if "__pycache__" not in p.parts)

@@ -29,6 +29,7 @@ _HOME = {
     "attach": "plait.adapter",
     "auxiliary_loss": "plait.adapter",
     "detach": "plait.adapter",
+    "extract": "plait.compression",
     "find_sites": "plait.adapter",
     "fuse": "plait.adapter",
     "get_method": "plait.adapter",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
         unfuse,
     )
     from plait.adapter.formats import load, read_adapter  # noqa: F401
+    from plait.compression import extract  # noqa: F401
     from plait.errors import PlaitError  # noqa: F401
     from plait.merging import merge, merge_checkpoints  # noqa: F401
 

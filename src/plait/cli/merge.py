@@ -69,7 +69,7 @@ def merge(
         rank=rank,
         energy=energy,
         seed=seed,
-        name=name or _name_from(out),
+        name=name or name_from(out),
         progress=on_terminal(),
         **options,
     )
@@ -123,7 +123,7 @@ def parse_weights(text: str) -> list[float]:
         raise PlaitError(f"weights {text!r}: write numbers joined by commas, as 1,0.5.") from None
 
 
-def _name_from(out: str) -> str:
+def name_from(out: str) -> str:
     import re
 
     return re.sub(r"[^A-Za-z0-9_\-]", "-", Path(out).stem).strip("-") or "merged"

@@ -1,0 +1,53 @@
+"""extract: from folders to an adapter's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import plait
+from tiny_language_model import tiny_model
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, draw = tiny_model(), torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        left = torch.randn(parameter.shape[0], 2, generator=draw) * 0.05
+        right = torch.randn(2, parameter[0].numel(), generator=draw)
+        parameter.data += (left @ right).reshape(parameter.shape)
+    folder = tmp_path_factory.mktemp("tuned") / "tuned"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_extract_writes_an_adapter_that_makes_the_base_the_fine_tune(
+    run, base: Path, tuned: Path, tmp_path: Path
+) -> None:
+    code, out, err = run("extract", base, tuned, "--rank", 2, "-o", tmp_path / "ex")
+    assert code == 0, err
+    assert "holds 100.00%" in out and "16 sites" in out and "norms and biases kept" in out
+    adapter = plait.read_adapter(tmp_path / "ex")
+    assert adapter.name == "ex" and len(adapter.info["base_fingerprint"]) == 32
+    model, tokens = tiny_model(), torch.arange(20)[None]
+    expected = type(model).from_pretrained(tuned)(tokens).logits
+    plait.load(model, tmp_path / "ex")
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_extract_for_peft_in_half_precision(run, base: Path, tuned: Path, tmp_path: Path) -> None:
+    words = ("--to", "peft", "--dtype", "float16", "--target", "q_proj", "--target", "mlp.up_proj")
+    code, out, err = run("extract", base, tuned, *words, "-o", tmp_path / "peft")
+    assert code == 0, err
+    assert "4 sites" in out and "left out" in out
+    adapter = plait.read_adapter(tmp_path / "peft")
+    assert {p.dtype for p in adapter.parameters()} == {torch.float16}
+
+
+def test_extract_names_what_is_wrong(run, base: Path, tuned: Path, tmp_path: Path) -> None:
+    code, _, err = run("extract", base, base, "-o", tmp_path / "none")
+    assert code == 2 and "changes nothing" in err
+    code, _, err = run("extract", base, tuned, "--svd", "exct", "-o", tmp_path / "none")
+    assert code == 2 and "exact" in err
