@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from plait.errors import PlaitError
 from plait.linalg import LowRank, key_of, uniform_at
 
 BLOCK = 1 << 18
@@ -22,7 +23,9 @@ class Changes:
 
     `lows` holds exact factors, `dense` the matrices themselves (mapped from a file, perhaps), from
     which `base` is subtracted as they are read; one of the two is given. A vector (a bias, a norm)
-    is a matrix of one row.
+    is a matrix of one row. `statistics` holds what data said about this site, a tensor for each
+    input or None. In space `aligned` the matrices are coordinates, and `basis` [out, p] what they
+    are coordinates in.
     """
 
     path: str
@@ -31,6 +34,8 @@ class Changes:
     base: Tensor | None = field(default=None, repr=False)
     seed: int = 0
     block: int = field(default=BLOCK, repr=False)
+    statistics: Sequence[Tensor | None] | None = field(default=None, repr=False)
+    basis: Tensor | None = field(default=None, repr=False)
 
     @cached_property
     def shape(self) -> tuple[int, int]:
@@ -48,6 +53,17 @@ class Changes:
         for item in self.lows if self.lows is not None else self.dense or ():
             found = torch.promote_types(found, item.dtype)
         return found
+
+    def known(self, kind: str) -> list[Tensor]:
+        """Every input's statistic, in this site's dtype; an error names the one that is missing."""
+        found = self.statistics or [None] * self.k
+        for number, item in enumerate(found, 1):
+            if item is None:
+                raise PlaitError(
+                    f"site {self.path!r}: input {number} has no {kind} statistic there; compute it "
+                    "with plait.merging.statistics and pass merge(..., statistics=[...])."
+                )
+        return [item.to("cpu", self.dtype) for item in found if item is not None]
 
     def rows(self, rows: range) -> Tensor:
         """These rows of every change, [k, rows, in]."""

@@ -24,24 +24,28 @@ from plait.merging.method import Merge, MergeMethod, choose_space, get_merge_met
 from plait.merging.result import Result
 from plait.merging.sources import (
     Source,
+    Weights,
     bias_of,
     check_adapters,
     check_weights,
     delta_of,
     labelled,
     read_sources,
+    weights_at,
 )
 from plait.merging.spaces import by_entries, merge_site
+from plait.merging.stored import Statistics, open_statistics
 
 
 def merge(
     adapters: Sequence[Source],
     method: str | MergeMethod = "linear",
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weights] | None = None,
     *,
     space: str | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    statistics: Sequence[Statistics] | None = None,
     seed: int = 0,
     name: str = "merged",
     progress: bool = False,
@@ -53,12 +57,15 @@ def merge(
         adapters: `Adapter`s or paths, of any methods that are linear in their input. Ranks,
             scalings and sites may differ: an adapter counts as zero where it does not act.
         method: a name from `plait methods --merge`, or a `MergeMethod`.
-        weights: one for each adapter, any sign; None takes their mean (1 / k each).
+        weights: one for each adapter, any sign, or {site path: weight} (a site that is not named
+            has weight 1, as in `plait.activate`); None takes their mean (1 / k each).
         space: "factors", "aligned" or "delta" (see `plait.merging.method`); None takes the method's
             best one for adapters.
         rank, energy: cut each site to this rank, or to the fewest components that hold this share
             of its squared norm, by the best approximation. With neither nothing is cut but what
             merges of space "delta" have beyond the sum of the ranks.
+        statistics: for methods that need some, what `plait.merging.statistics` made of data, for
+            each adapter: {site path: tensor}, or the path of a .safetensors file of them.
         seed: of methods that draw. The result depends on nothing else: neither on threads nor on
             the order or the blocks in which sites are worked on.
         name: the result's.
@@ -76,19 +83,22 @@ def merge(
         where = choose_space(chosen.name, way, space)
         _check_cut(rank, energy)
         inputs = read_sources(adapters)
-        factors = check_weights(weights, len(inputs))
+        factors = check_weights(weights, len(inputs), inputs)
+        known = open_statistics(chosen.name, way.needs, statistics, len(inputs))
         if chosen.inputs not in (None, len(inputs)):
             raise PlaitError(f"{chosen.name} merges {chosen.inputs} inputs, not {len(inputs)}.")
         sites = check_adapters(inputs)
         result = Result()
         for path in _tracked(sites, progress):
             lows = _alike([delta_of(a, label, sites[path]) for label, a in labelled(inputs)])
-            found = merge_site(way, Changes(path, lows, seed=seed), factors, where)
+            here = weights_at(factors, path)
+            seen = None if known is None else [s.get(path) for s in known]
+            found = merge_site(way, Changes(path, lows, seed=seed, statistics=seen), here, where)
             if isinstance(found, Tensor):
                 cut = cut_matrix(found, rank, energy, sum(low.rank for low in lows))
             else:
                 cut = cut_low_rank(found, rank, energy)
-            bias = _merge_biases(way, path, [bias_of(a, path) for a in inputs], factors, seed)
+            bias = _merge_biases(way, path, [bias_of(a, path) for a in inputs], here, seed)
             result.add(sites[path], *cut, bias)
         facts = {
             "method": chosen.name,
@@ -132,13 +142,14 @@ def _merge_biases(
     weights: Sequence[float],
     seed: int,
 ) -> Tensor | None:
-    """Biases as matrices of one row, where the method works entry by entry; else their sum."""
+    """Biases as matrices of one row, where the method works entry by entry without statistics;
+    else their sum."""
     first = next((b for b in biases if b is not None), None)
     if first is None:
         return None
     known = [torch.zeros_like(first) if b is None else b for b in biases]
     rows = [b.detach().cpu()[None] for b in known]
-    if "delta" not in way.spaces:
+    if way.needs or "delta" not in way.spaces:
         return sum(w * row[0] for w, row in zip(weights, rows, strict=True))  # type: ignore[return-value]
     return by_entries(way, Changes(f"{path}.bias", dense=rows, seed=seed), weights)[0]
 

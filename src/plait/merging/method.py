@@ -35,6 +35,8 @@ class Merge:
 
     spaces: tuple[Space, ...] = ("factors",)
     """Those that it supports (with these options), the best for adapters first."""
+    needs: frozenset[str] = frozenset()
+    """What `changes.statistics` must hold: "gram" or "fisher" (see `plait.merging.statistics`)."""
 
     def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
         """The merge of one site in factors; an input that does not act there comes as rank 0."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from plait.adapter import Adapter, Site, low_rank_of
 from plait.adapter.site import layout
-from plait.errors import PlaitError
+from plait.errors import PlaitError, unknown
 from plait.linalg import LowRank
 
 Source = Adapter | str | os.PathLike[str]
+Weights = float | Mapping[str, float]
+"""One weight for a whole adapter, or {site path: weight}; a site that is not named has weight 1."""
 
 
 def read_sources(sources: Sequence[Source]) -> list[Adapter]:
@@ -33,15 +36,31 @@ def _read(path: str | os.PathLike[str]) -> Adapter:
     return read_adapter(Path(path))
 
 
-def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One finite number for each adapter; None gives each 1 / count."""
+def check_weights(
+    weights: Sequence[Weights] | None, count: int, adapters: Sequence[Adapter] = ()
+) -> list[Any]:
+    """Finite numbers for each adapter, one or by site; None gives each 1 / count."""
     if weights is None:
         return [1.0 / count] * count
     if len(weights) != count:
         raise PlaitError(f"{len(weights)} weights for {count} adapters; give one for each.")
-    if bad := [w for w in weights if not math.isfinite(w)]:
-        raise PlaitError(f"weight {bad[0]} is not a finite number.")
-    return [float(w) for w in weights]
+    found: list[Any] = []
+    for index, weight in enumerate(weights):
+        numbers = dict(weight) if isinstance(weight, Mapping) else {"": weight}
+        for path in numbers if adapters and isinstance(weight, Mapping) else ():
+            if path not in adapters[index].deltas:
+                where = f"adapter {adapters[index].name!r}"
+                raise unknown("site", path, adapters[index].deltas, where=where)
+        if bad := [w for w in numbers.values() if not math.isfinite(w)]:
+            raise PlaitError(f"weight {bad[0]} is not a finite number.")
+        plain = {path: float(w) for path, w in numbers.items()}
+        found.append(plain if isinstance(weight, Mapping) else plain[""])
+    return found
+
+
+def weights_at(weights: Sequence[Weights], path: str) -> list[float]:
+    """Every adapter's weight at one site."""
+    return [w.get(path, 1.0) if isinstance(w, Mapping) else w for w in weights]
 
 
 def check_adapters(adapters: Sequence[Adapter]) -> dict[str, Site]:

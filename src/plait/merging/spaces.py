@@ -32,7 +32,14 @@ def merge_site(
     basis, coordinates = align(changes.lows)
     if basis.shape[1] == 0:
         return LowRank(basis, coordinates[0])
-    inner = Changes(changes.path, dense=coordinates, seed=changes.seed, block=changes.block)
+    inner = Changes(
+        changes.path,
+        dense=coordinates,
+        seed=changes.seed,
+        block=changes.block,
+        statistics=changes.statistics,
+        basis=basis,
+    )
     return LowRank(basis, by_entries(method, inner, weights))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from plait.adapter.site import ConvSite, LinearSite, Site, first_input
 from plait.errors import PlaitError
-from plait.statistics.frozen import frozen, to_device
+from plait.statistics.frozen import Active, frozen, to_device
 from plait.statistics.progress import track
 from plait.statistics.reducers import Reduction
 
@@ -33,8 +33,9 @@ def activation_pass(
     *,
     ignore_unlabelled: bool = True,
     share: bool = True,
+    active: Active = (),
 ) -> dict[str, Any]:
-    """{path: what `reduce` makes of the site's inputs} on the base model, without gradients.
+    """{path: what `reduce` makes of the site's inputs}, without gradients.
 
     Args:
         sites: linear or convolution sites (whose inputs are unrolled patches).
@@ -42,6 +43,7 @@ def activation_pass(
         reduce: see `Reducer`.
         ignore_unlabelled: leave out tokens whose label is -100, as well as padding.
         share: one reduction for sites that read the same tensor; they get the same result object.
+        active: adapters to run with, as `plait.activate` takes them; () is the base model.
 
     Raises PlaitError for other kinds of sites, or where sites that shared their input on the first
     batch no longer do (pass share=False).
@@ -52,7 +54,7 @@ def activation_pass(
                 f"activation_pass: site {site.path!r} is a {site.kind}; it takes linear and conv."
             )
     watch = _Watch(reduce, share, ignore_unlabelled)
-    with frozen(model) as device, torch.no_grad():
+    with frozen(model, active) as device, torch.no_grad():
         handles = [s.base.register_forward_pre_hook(watch.hook(s), with_kwargs=True) for s in sites]
         try:
             for raw in track(batches, "activations"):

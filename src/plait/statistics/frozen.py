@@ -1,8 +1,8 @@
-"""How passes run: on the base model, in eval mode, nothing trainable, all put back afterwards."""
+"""How passes run: in eval mode, nothing trainable, chosen adapters on, all put back afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,25 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapter import activate
+from plait.adapter.activation import Weights
 from plait.adapter.state import find_state
 from plait.errors import PlaitError
 
+Active = str | Sequence[str] | Mapping[str, Weights]
+"""Adapters, as `plait.activate` takes them; () is the base model."""
+
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[torch.device]:
-    """Within the block `model` is its base, in eval mode, with no parameter requiring a gradient.
+def frozen(model: nn.Module, active: Active = ()) -> Iterator[torch.device]:
+    """Within the block `model` is its base with the adapters `active`, in eval mode, and neither
+    its parameters nor theirs require a gradient.
 
     Everything is restored afterwards, also when the block raises. Yields the device for batches.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     state = find_state(model)
-    active = dict(state.active) if state is not None else {}
+    before = dict(state.active) if state is not None else {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         try:
-            activate(model, {})
+            activate(model, active)
             for module in training:
                 module.training = False
             for parameter in trainable:
@@ -39,7 +44,7 @@ def frozen(model: nn.Module) -> Iterator[torch.device]:
                 parameter.requires_grad_(True)
             for module in training:
                 module.training = True
-            activate(model, active)
+            activate(model, before)
 
 
 def to_device(batch: Any, device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from plait.adapter.site import LinearSite, Site, first_input
 from plait.errors import PlaitError
-from plait.statistics.frozen import frozen, shifts_labels, to_device
+from plait.statistics.frozen import Active, frozen, shifts_labels, to_device
 from plait.statistics.progress import track
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -31,13 +31,16 @@ def gradient_pass(
     sites: Sequence[Site],
     batches: Iterable[Mapping[str, Any]],
     loss: Loss | None = None,
+    *,
+    active: Active = (),
 ) -> Sums:
-    """{path: mean gradient of W [out, in], canonical, float32 on the CPU} of the base model.
+    """{path: mean gradient of W [out, in], canonical, float32 on the CPU}.
 
     Args:
-        sites: of `model`, with a weight of their own; active adapters are left out.
+        sites: of `model`, with a weight of their own.
         batches: dicts for `model(**batch)`, consumed once.
         loss: `loss(model, batch) -> scalar`; None takes `model(**batch).loss`.
+        active: adapters to run with, as `plait.activate` takes them; () is the base model.
 
     Batches are weighted so that the result does not depend on how the data is cut up: with `labels`
     and the model's own loss (a mean over labels) by their number of labels other than -100, with a
@@ -51,7 +54,7 @@ def gradient_pass(
             raise PlaitError(f"gradient_pass: {site.path!r} is a whole module without a weight.")
     sums: Sums = {s.path: torch.zeros(s.shape, dtype=torch.float32) for s in sites}
     total = 0.0
-    with frozen(model) as device, torch.enable_grad():
+    with frozen(model, active) as device, torch.enable_grad():
         recorder = _Recorder(sites, sums)
         try:
             for raw in track(batches, "gradients"):
