@@ -27,8 +27,27 @@ def test_every_command_has_a_page():
     assert all(file.is_file() for file in generated()), "run `make docs`"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/rules.md"]
+)
 def test_links_lead_somewhere(page: str):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_recipes_of_the_rules_page_are_recipes_whose_rules_stand_together():
+    import yaml
+
+    from plait.adapter.together import conflicts
+    from plait.training.dryrun import make_rules
+    from plait.training.recipe import Recipe
+
+    text = (ROOT / "docs" / "rules.md").read_text()
+    found = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    assert len(found) == 2
+    for values in found:
+        rules = make_rules(Recipe.make(values))
+        assert len(rules) == 2 and not conflicts(rules)
+    refused = Recipe.make({**found[1], "rules": ["lora-squeeze", "ema"]})
+    assert conflicts(make_rules(refused))
