@@ -134,3 +134,33 @@ def test_answers_are_the_same_bits_from_the_first_call_on():
     with torch.no_grad():
         first = model(x)
         assert all(torch.equal(model(x.clone()), first) for _ in range(3))
+
+
+class Crossed(nn.Module):
+    """`b` stands between two that read x, and all three are of one family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)) + self.c(x)
+
+
+def test_one_tensor_fed_for_ever_never_meets_what_an_earlier_pass_left() -> None:
+    torch.manual_seed(0)
+    model = Crossed()
+    adapter = plait.attach(model, "lora", rank=2, seed=0)
+    for delta in adapter.deltas.values():
+        nn.init.normal_(delta.B)
+    twin = copy.deepcopy(model)
+    x = torch.randn(5, 8)
+    runs = [plait.RuleStack(m, lr=0.1) for m in (model, twin)]
+    for _ in range(5):
+        losses = []
+        for m, run, given in ((model, runs[0], x), (twin, runs[1], x.clone())):
+            loss = m(given).square().mean()
+            loss.backward()
+            run.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses)

@@ -5,7 +5,8 @@ pass notes which siblings were called with the very tensor that their first one 
 that first one computes all of them in one node (one stacked A product, one dropout mask, one
 accumulated input gradient) and the others, when they are called with the same tensor, hand out
 what is ready. A sibling called with anything else computes for itself, and after a few such misses
-is left out.
+is left out. A plan called again with a tensor that it has seen (a training loop that feeds one
+tensor for ever) begins another pass: what an earlier one left ready is stale then.
 
 What was learned changes results by rounding alone: a sibling that runs alone on a shared input
 takes the seed of its leader's dropout mask, so the random stream is the same in a resumed run.
@@ -38,6 +39,8 @@ class Siblings:
         self.followers: dict[Fused, list[Fused]] = {}
         """Of each leader, the siblings that read its input."""
         self.misses: dict[Fused, int] = {}
+        self.seen: dict[Fused, tuple[Any, int]] = {}
+        """What each was last called with: a weak reference to the input, and its version."""
         self._forget()
 
     def _forget(self) -> None:
@@ -56,7 +59,10 @@ class Siblings:
     def run(self, plan: Fused, x: Tensor) -> Tensor:
         """The output of `plan` for `x`, from the group where one has been learned."""
         mark = x._version
-        if self.source() is x and self.mark == mark:
+        before, known = self.seen.get(plan, (_nothing, 0))
+        again = before() is x and known == mark
+        self.seen[plan] = (weakref.ref(x), mark)
+        if not again and self.source() is x and self.mark == mark:
             output = self.ready.pop(plan, None)
             if output is not None:
                 return output
