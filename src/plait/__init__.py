@@ -41,6 +41,7 @@ _HOME = {
     "read_adapter": "plait.adapter.formats",
     "register": "plait.adapter",
     "routing": "plait.adapter",
+    "squeeze": "plait.compression",
     "unfuse": "plait.adapter",
 }
 
@@ -71,7 +72,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
         unfuse,
     )
     from plait.adapter.formats import load, read_adapter  # noqa: F401
-    from plait.compression import extract  # noqa: F401
+    from plait.compression import extract, squeeze  # noqa: F401
     from plait.errors import PlaitError  # noqa: F401
     from plait.merging import merge, merge_checkpoints  # noqa: F401
 

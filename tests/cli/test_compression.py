@@ -1,4 +1,4 @@
-"""extract: from folders to an adapter's folder."""
+"""extract, compress: from folders to an adapter's folder."""
 
 from __future__ import annotations
 
@@ -51,3 +51,17 @@ def test_extract_names_what_is_wrong(run, base: Path, tuned: Path, tmp_path: Pat
     assert code == 2 and "changes nothing" in err
     code, _, err = run("extract", base, tuned, "--svd", "exct", "-o", tmp_path / "none")
     assert code == 2 and "exact" in err
+
+
+def test_compress_cuts_ranks_and_says_what_it_drops(run, adapters, tmp_path: Path) -> None:
+    code, out, err = run("compress", adapters["sql"], "--energy", 0.9, "-o", tmp_path / "small")
+    assert code == 0, err
+    assert "dropped energy: mean" in out and "was " in out
+    small, sql = plait.read_adapter(tmp_path / "small"), plait.read_adapter(adapters["sql"])
+    assert small.num_parameters() < sql.num_parameters()
+    for path, share in small.info["dropped_energy"].items():
+        change = sql.deltas[path].dense().detach()
+        gap = (small.deltas[path].dense().detach() - change).norm() / change.norm()
+        assert float(gap) ** 2 == pytest.approx(share, abs=1e-4) and share <= 0.1
+    code, _, err = run("compress", adapters["sql"], "-o", tmp_path / "none")
+    assert code == 2 and "rank=, energy= and budget=" in err

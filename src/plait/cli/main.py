@@ -23,6 +23,7 @@ import plait
 from plait.cli import (
     bases,
     chat,
+    compress,
     convert,
     env,
     evaluate,
@@ -63,6 +64,7 @@ for module in (
     inspect,
     merge,
     extract,
+    compress,
     convert,
     bases,
     env,

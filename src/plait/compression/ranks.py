@@ -62,11 +62,11 @@ def choose_ranks(
 def enough(S: Tensor, energy: float, total: float) -> int:
     """The fewest leading values of S whose squares hold `energy` of `total`; all if none do.
 
-    Rounding may leave the sum of the squares short of the total by a few last digits.
+    Values at rounding level (of float32, for S of that dtype) never count.
     """
-    rounding = 4 * torch.finfo(S.dtype).eps
-    short = _held(S)[:-1] < (energy - rounding) * total
-    return int(short.sum())
+    alive = int((8 * torch.finfo(S.dtype).eps * S[:1] < S).sum())
+    short = _held(S)[:-1] < energy * total
+    return min(int(short.sum()), alive)
 
 
 def _held(S: Tensor) -> Tensor:
