@@ -83,6 +83,8 @@ class Siblings:
         self.leader, self.source, self.mark = plan, weakref.ref(x), mark
         self.seed = fresh_seed() if plan.dropout else None
         followers = self.followers.get(plan, ())
+        for follower in followers:  # expected in this pass, whatever they saw in the last
+            self.seen.pop(follower, None)
         if not followers or _recomputable() or not _runs_together(plan, followers):
             return plan.compute(x, self.seed)
         plans = [plan, *followers]
