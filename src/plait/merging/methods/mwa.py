@@ -8,8 +8,8 @@ p = 0 is the plain mean, a large p the best (or last) checkpoint. The sum is tha
 concatenation and exact, so it is also right for runs whose factors were turned or grew between
 checkpoints (the factors' means are not). Take as loss a running mean around the checkpoint, not
 that of one batch.
-Paper: Metrics-Weighted Averaging, 2025, arXiv 2504.18580. Departure: the paper's formula of the
-penalty is not public in code; both usual forms are here.
+Paper: Yu and Choi, Metrics-Weighted Averaging, 2025, arXiv 2504.18580. Departure: its penalty is
+given one factor; both usual forms of such a factor are here, without a claim to be the paper's.
 """
 
 from __future__ import annotations
@@ -89,6 +89,6 @@ class Mwa(Merge):
 METHOD = MergeMethod(
     name="mwa",
     title="MWA: checkpoints weighted by their loss or step",
-    paper="Metrics-Weighted Averaging, 2025, arXiv 2504.18580",
+    paper="Yu and Choi, Metrics-Weighted Averaging, 2025, arXiv 2504.18580",
     merge=Mwa,
 )
