@@ -37,6 +37,7 @@ _HOME = {
     "merge": "plait.merging",
     "merge_checkpoints": "plait.merging",
     "method_names": "plait.adapter",
+    "pack": "plait.compression",
     "per_row": "plait.adapter",
     "read_adapter": "plait.adapter.formats",
     "register": "plait.adapter",
@@ -72,7 +73,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
         unfuse,
     )
     from plait.adapter.formats import load, read_adapter  # noqa: F401
-    from plait.compression import extract, squeeze  # noqa: F401
+    from plait.compression import extract, pack, squeeze  # noqa: F401
     from plait.errors import PlaitError  # noqa: F401
     from plait.merging import merge, merge_checkpoints  # noqa: F401
 

@@ -65,3 +65,19 @@ def test_compress_cuts_ranks_and_says_what_it_drops(run, adapters, tmp_path: Pat
         assert float(gap) ** 2 == pytest.approx(share, abs=1e-4) and share <= 0.1
     code, _, err = run("compress", adapters["sql"], "-o", tmp_path / "none")
     assert code == 2 and "rank=, energy= and budget=" in err
+
+
+def test_compress_to_a_few_bits(run, adapters, tmp_path: Path) -> None:
+    code, out, err = run("compress", adapters["sql"], "--bits", 4, "-o", tmp_path / "bits")
+    assert code == 0, err
+    assert "4 bits a number, relative error of dW: mean 0.1" in out and "dropped" not in out
+    sizes = [
+        (p / "adapter.safetensors").stat().st_size for p in (adapters["sql"], tmp_path / "bits")
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+    code, out, _ = run("compress", adapters["sql"], "--rank", 2, "--bits", 8, "-o", tmp_path / "r2")
+    assert code == 0 and "rank 2" in out and "8 bits" in out
+    assert {d.rank for d in plait.read_adapter(tmp_path / "r2").deltas.values()} == {2}
+    words = ("--bits", 1, "--to", "peft", "-o", tmp_path / "none")
+    code, _, err = run("compress", adapters["sql"], *words)
+    assert code == 2 and "only Plait's format" in err

@@ -1,9 +1,11 @@
 """Compression: finished weights and adapters in fewer numbers, or in fewer bits.
 
 `extract`: a full fine-tune as an adapter of its base. `squeeze`: an adapter at lower ranks.
+`pack`: an adapter's file in a few bits a number.
 """
 
 from plait.compression.extraction import extract
+from plait.compression.packing import Packed, pack
 from plait.compression.squeezing import squeeze
 
-__all__ = ["extract", "squeeze"]
+__all__ = ["Packed", "extract", "pack", "squeeze"]

@@ -7,5 +7,13 @@ at quantisation errors. `BlockQuantizer` is the reference, in plain PyTorch.
 from plait.quantization.blocks import BlockQuantizer, normal_codes, uniform_codes
 from plait.quantization.dynamic import dynamic_codes
 from plait.quantization.quantizer import Quantizer
+from plait.quantization.signs import SignQuantizer
 
-__all__ = ["BlockQuantizer", "Quantizer", "dynamic_codes", "normal_codes", "uniform_codes"]
+__all__ = [
+    "BlockQuantizer",
+    "Quantizer",
+    "SignQuantizer",
+    "dynamic_codes",
+    "normal_codes",
+    "uniform_codes",
+]

@@ -1,7 +1,8 @@
 """Plait's own folder: plait.json (what it is) and adapter.safetensors (what was trained).
 
     plait.json            method, options, seed, and per site: path, layout, shape, options that
-                          differ; checksums of the tensors that the seed regenerates
+                          differ; checksums of the tensors that the seed regenerates; which
+                          tensors are stored as codes of a few bits (see `coded`)
     adapter.safetensors   trained and stored tensors, by "site path.name" and "shared:name"
 
 Everything an adapter holds comes back bit for bit: ranks per site, shared pools, held-back starts,
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from plait.adapter.adapter import Adapter
 from plait.adapter.build import build_adapter, make_options
 from plait.adapter.delta import Delta, Options
 from plait.adapter.formats.atomic import json_writer, tensors_writer, write_folder
+from plait.adapter.formats.coded import Coded, decode_tensors
 from plait.adapter.formats.limits import limit_allocation
 from plait.adapter.formats.tensors import check_names, read_json, read_tensors, warn_not_finite
 from plait.adapter.method import Method
@@ -35,18 +37,27 @@ from plait.adapter.site import SITE_TYPES, Site, layout, rebuild_site
 from plait.errors import FormatError, PlaitError
 
 DESCRIPTION, TENSORS = "plait.json", "adapter.safetensors"
-FORMAT, VERSION = "plait-adapter", 1
+FORMAT, VERSION = "plait-adapter", 2
+PLAIN = 1
+"""The version of a file without coded tensors, which every Plait reads."""
 
 
-def save_plait(adapter: Adapter, path: Path) -> Path:
-    """Write the folder atomically."""
+def save_plait(adapter: Adapter, path: Path, coded: Sequence[Coded] = ()) -> Path:
+    """Write the folder atomically; the tensors named in `coded` as their codes."""
     if (path / "adapter_config.json").exists():
         raise FormatError(f"{path} holds an adapter in PEFT's format; choose another folder.")
     tensors = adapter.state_dict()
+    described = describe(adapter)
+    if coded:
+        described["version"] = VERSION
+        described["coded"] = [group.described() for group in coded]
+        as_codes = {name for group in coded for name in group.shapes}
+        tensors = {n: t for n, t in tensors.items() if n not in as_codes}
+        tensors |= {n: t for group in coded for n, t in group.stored.items()}
     check_names(path / TENSORS, tensors)
     files = {
         TENSORS: tensors_writer(tensors, {"format": "pt", "method": adapter.method.name}),
-        DESCRIPTION: json_writer(describe(adapter)),
+        DESCRIPTION: json_writer(described),
     }
     return write_folder(path, files)
 
@@ -59,7 +70,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     sums = {n: [_dtype_name(t), checksum(t)] for n, t in adapter.seeded_tensors().items()}
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": PLAIN,
         "plait": plait.__version__,
         "torch": torch.__version__,
         "name": adapter.name,
@@ -123,6 +134,7 @@ def read_plait(path: Path, name: str | None = None) -> Adapter:
         )
     tensors, _ = read_tensors(path / TENSORS)
     try:
+        tensors = decode_tensors(described.get("coded", []), tensors)
         with limit_allocation(described, tensors, str(file)):
             adapter = _build(described, tensors, name)
         # Clones, because a product's last bit may depend on how its factors lie in memory.
