@@ -1,0 +1,1 @@
+"""Search methods, one file each; see `plait.merging.search.method`."""
