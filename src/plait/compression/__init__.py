@@ -1,11 +1,12 @@
 """Compression: finished weights and adapters in fewer numbers, or in fewer bits.
 
 `extract`: a full fine-tune as an adapter of its base. `squeeze`: an adapter at lower ranks.
-`pack`: an adapter's file in a few bits a number.
+`pack`: an adapter's file in a few bits a number. `make_bank`: many adapters behind one basis.
 """
 
+from plait.compression.bank import Bank, make_bank
 from plait.compression.extraction import extract
 from plait.compression.packing import Packed, pack
 from plait.compression.squeezing import squeeze
 
-__all__ = ["Packed", "extract", "pack", "squeeze"]
+__all__ = ["Bank", "Packed", "extract", "make_bank", "pack", "squeeze"]
