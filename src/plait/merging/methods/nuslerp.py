@@ -6,9 +6,9 @@
 `slerp` with other defaults, under the name and in the form that mergekit's users know. The weights
 are of any size, their ratio counts. Line by line each output (`rows`) or input (`columns`) turns by
 its own angle; both are scalings of the factors' outer sides, so adapters merge exactly, without
-being multiplied out. Row by row an output that both inputs move far apart is turned, while one that
-only one of them moves is scaled; a single angle for the whole matrix treats them alike. Lines that are (nearly) parallel or opposite, or 0 in one input, are
-interpolated linearly.
+being multiplied out. An output that both inputs move far apart is turned, one that only one of them
+moves is scaled; a single angle for the whole matrix treats them alike. Lines that are (nearly)
+parallel or opposite, or 0 in one input, are interpolated linearly.
 Paper: Shoemake, 1985; mergekit, Goddard et al., 2024, arXiv 2403.13257.
 """
 
