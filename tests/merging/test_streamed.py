@@ -185,6 +185,8 @@ def test_inputs_that_do_not_belong_together_are_named(models, tmp_path: Path) ->
     write(tmp_path / "wide", state(3), hidden_size=8)
     with pytest.raises(PlaitError, match="hidden_size"):
         merge_checkpoints([tmp_path / "other"], models["out"], base=tmp_path / "wide")
+    with pytest.raises(PlaitError, match="needs statistics"):
+        merge_checkpoints([models["a"]], models["out"], "regmean", base=models["base"])
     with pytest.raises(PlaitError, match="exists"):
         merge_checkpoints([models["a"]], models["b"], base=models["base"])
     (tmp_path / "pickled").mkdir()

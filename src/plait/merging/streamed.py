@@ -87,6 +87,12 @@ def merge_checkpoints(
     chosen = get_merge_method(method)
     way = make_merge(chosen, options)
     choose_space(chosen.name, way, "delta")
+    if way.needs:
+        needed = " and ".join(sorted(way.needs))
+        raise PlaitError(
+            f"merge method {chosen.name!r} needs statistics of data ({needed}), which a streamed "
+            "merge does not take; merge adapters, or extract them first with `plait extract`."
+        )
     factors = check_weights(weights, len(inputs))
     target = Path(out)
     if target.exists():
