@@ -49,8 +49,8 @@ def rules_together() -> list[str]:
         "",
         "## Which rules stand together",
         "",
-        "Any list of rules runs in which no claim stands twice, and no rule that keeps states of the",
-        "parameters' shapes beside one that changes ranks. What a claim means: "
+        "Any list of rules runs in which no claim stands twice, and no rule that keeps states of",
+        "the parameters' shapes beside one that changes ranks. What a claim means: "
         + "; ".join(f"*{claim}*: {what}" for claim, what in CLAIMS.items())
         + ".",
         "",
