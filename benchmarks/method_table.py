@@ -23,8 +23,8 @@ the method adds to the frozen base's step, beyond its own matrix products (count
 multiplications and additions, of whichever library needs fewer), as a share of what PEFT's form
 adds beyond them: below 0.5 is less than half. "Products" are those counts relative to the base's,
 "start" is the part of attaching that goes into start values. Peak memory is of a process with one
-contender. `lora`, `lora-plus`, `olora` and `lawa` take the very same step at their defaults: how far
-their figures lie apart is what the machine's noise does to all of them.
+contender. `lora`, `lora-plus`, `olora` and `lawa` take the very same step at their defaults: how
+far their figures lie apart is what the machine's noise does to all of them.
 """
 RULES = """
 Rules over plain AdamW on the same weights (LoRA r=8's, or all of the base's): the step, and what a
