@@ -11,8 +11,9 @@ import torch
 
 from plait.merging.changes import Changes
 
-SAMPLE = 1 << 18
-"""Numbers of each input that a site's facts are taken from, in evenly spread rows."""
+SAMPLE = 1 << 16
+"""Numbers of each input that a site's facts are taken from, in evenly spread groups of rows."""
+GROUPS = 16
 Facts = dict[str, dict[str, Any]]
 
 
@@ -23,18 +24,19 @@ def site_facts(changes: Changes) -> dict[str, Any]:
     whole site.
     """
     out, columns = changes.shape
-    step = max(1, out * columns // SAMPLE)
-    block = torch.cat([changes.rows(range(row, row + 1)) for row in range(0, out, step)], 1)
+    size = min(out, max(1, SAMPLE // (GROUPS * columns)))
+    starts = range(0, out - size + 1, max(size, out // GROUPS))
+    block = torch.cat([changes.rows(range(at, at + size)) for at in starts], 1)
     flat = block.flatten(1).double()
     gram = flat @ flat.mT
     lengths = gram.diagonal().sqrt()
     scale = (out * columns / flat.shape[1]) ** 0.5
     cosines = gram / (lengths[:, None] * lengths).clamp_min(1e-300)
-    up, down = (block > 0).any(0), (block < 0).any(0)
+    conflicts = (block.amax(0) > 0) & (block.amin(0) < 0)
     return {
         "norms": [round(float(n) * scale, 6) for n in lengths],
         "cosines": [[round(float(c), 4) for c in row] for row in cosines],
-        "conflicts": round(float((up & down).double().mean()), 4),
+        "conflicts": round(float(conflicts.double().mean()), 4),
     }
 
 

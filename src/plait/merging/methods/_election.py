@@ -19,15 +19,16 @@ def elect(block: Tensor, weights: Tensor, sign: Sign = "sum", reduce: Reduce = "
     weighted mean (over the weights of those that agree and are not 0), their weighted sum, or the
     largest of them.
     """
+    # Products and clamps throughout: selecting with torch.where costs several times as much.
     weighted = weights * block
     mass = weighted if sign == "sum" else weighted.sign()
     elected = torch.where(mass.sum(0) >= 0, 1.0, -1.0).to(block.dtype)
-    agrees = weighted.sign() == elected
-    chosen = torch.where(agrees, weighted, 0)
+    signed = weighted * elected
+    agreeing = signed.clamp_min(0)
     if reduce == "sum":
-        return chosen.sum(0)
+        return elected * agreeing.sum(0)
     if reduce == "max":
-        largest = chosen.abs().argmax(0, keepdim=True)
-        return chosen.gather(0, largest)[0]
-    mass_of_weights = torch.where(agrees, weights.abs(), 0).sum(0)
-    return chosen.sum(0) / mass_of_weights.clamp_min(torch.finfo(block.dtype).tiny)
+        return elected * agreeing.amax(0)
+    mass_of_weights = ((signed > 0) * weights.abs()).sum(0)
+    tiny = torch.finfo(block.dtype).tiny
+    return elected * agreeing.sum(0) / mass_of_weights.clamp_min(tiny)

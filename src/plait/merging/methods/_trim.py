@@ -41,4 +41,4 @@ def kth(changes: Changes, count: int) -> Tensor:
 def keep_from(block: Tensor, thresholds: Tensor) -> Tensor:
     """Entries of at least the threshold; the others are 0."""
     # Compared as the thresholds were found: in float32.
-    return torch.where(block.abs().float() >= thresholds, block, 0)
+    return block * (block.abs().float() >= thresholds)
