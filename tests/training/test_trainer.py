@@ -162,7 +162,7 @@ def test_the_dry_run_refuses_what_cannot_go_together(tmp_path: Path) -> None:
     cases = [
         ({"rules": ["lisa"]}, "Lisa trains base weights"),
         ({"method": "increlora", "options": {}, "rules": ["lora-plus"]}, "needs"),
-        ({"rules": ["increlora"]}, "use method increlora"),
+        ({"rules": ["increlora"]}, "method increlora; attach"),
         ({"method": "none", "options": {}, "rules": ["lora-pro"]}, "needs an adapter"),
         ({"method": "none", "options": {}, "initializer": "lora"}, "no adapter"),
     ]
