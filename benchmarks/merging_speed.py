@@ -4,7 +4,7 @@
     python benchmarks/merging_speed.py --mergekit path/to/mergekit-yaml
 
 Adapters are LoRAs of rank 16 on all linears of SmolLM2-135M with random factors; full models are
-the base plus noise in bfloat16, four of them (kept in benchmarks/work). Every contender runs in a
+the base plus noise in bfloat16, four of them (kept in benchmarks/merged). Every contender runs in a
 process of its own with one thread; CPU seconds are that process's own, imports included, and
 "inner_s" those of the merge alone. One JSON line a case goes to
 benchmarks/results/merging-speed.jsonl.
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from report import machine  # noqa: E402
 
-WORK, RESULTS = HERE / "work", HERE / "results" / "merging-speed.jsonl"
+WORK, RESULTS = HERE / "merged", HERE / "results" / "merging-speed.jsonl"
 RANK = 16
 PLAIT = "import sys; from plait.cli.main import main; sys.exit(main())"
 
