@@ -13,26 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from plait.errors import PlaitError
-from plait.linalg import LowRank
-from plait.merging.changes import Changes
-from plait.merging.method import Merge, MergeMethod
+from plait.merging.method import MergeMethod
+from plait.merging.methods._shares import SharesMerge
 
 
 @dataclass
-class LoraSoupsCat(Merge):
+class LoraSoupsCat(SharesMerge):
     logits: Mapping[str, Sequence[float]] | Sequence[float] | None = None
     """c: {site path: one number for each input}, or one row for all sites; sites that are not
     named have none."""
     softmax: bool = True
     """Turn the numbers into shares (the paper's code); else they are factors."""
-
-    spaces = ("factors", "delta")
 
     def shares(self, path: str, weights: Sequence[float]) -> list[float]:
         """The coefficients at one site (a bias has its site's)."""
@@ -53,18 +48,6 @@ class LoraSoupsCat(Merge):
         found = own * (c - c.max()).exp()
         total = float(found.sum())
         return (found * (float(own.sum()) / total if total else 0.0)).tolist()
-
-    def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
-        return LowRank.weighted_sum(lows, self.shares(changes.path, weights))
-
-    def survey(self, changes: Changes, weights: Tensor) -> Any:
-        shares = self.shares(changes.path, weights.flatten().double().tolist())
-        return torch.tensor(shares, dtype=weights.dtype)[:, None, None]
-
-    def combine(
-        self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any
-    ) -> Tensor:
-        return (found * block).sum(0)
 
 
 METHOD = MergeMethod(

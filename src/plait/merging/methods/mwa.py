@@ -17,20 +17,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
-from plait.linalg import LowRank
-from plait.merging.changes import Changes
-from plait.merging.method import Merge, MergeMethod
+from plait.merging.method import MergeMethod
+from plait.merging.methods._shares import SharesMerge
 
 
 @dataclass
-class Mwa(Merge):
+class Mwa(SharesMerge):
     metric: Sequence[float] | None = None
     """One number above 0 for each input; None weighs all alike."""
     kind: Literal["loss", "steps"] = "loss"
@@ -40,8 +38,6 @@ class Mwa(Merge):
     form: Literal["power", "exponential"] = "power"
     """How a metric becomes a weight; the power's does not depend on the metric's unit."""
 
-    spaces = ("factors", "delta")
-
     def __post_init__(self) -> None:
         check_choices(self, "mwa")
         for number in self.metric or ():
@@ -50,7 +46,7 @@ class Mwa(Merge):
         if self.penalty < 0:
             raise PlaitError(f"mwa: penalty is 0 or more, not {self.penalty}.")
 
-    def shares(self, weights: Sequence[float]) -> list[float]:
+    def shares(self, path: str, weights: Sequence[float]) -> list[float]:
         """The merge's weights, with those of the metric; their sum stays what it was."""
         if self.metric is None:
             return list(weights)
@@ -72,18 +68,6 @@ class Mwa(Merge):
         if total == 0:
             return [0.0] * len(weights)
         return (found * (float(own.sum()) / total)).tolist()
-
-    def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
-        return LowRank.weighted_sum(lows, self.shares(weights))
-
-    def survey(self, changes: Changes, weights: Tensor) -> Any:
-        shares = self.shares(weights.flatten().double().tolist())
-        return torch.tensor(shares, dtype=weights.dtype)[:, None, None]
-
-    def combine(
-        self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any
-    ) -> Tensor:
-        return (found * block).sum(0)
 
 
 METHOD = MergeMethod(
