@@ -62,3 +62,21 @@ def randomise(adapter: plait.Adapter, seed: int = 3) -> None:
     with torch.no_grad():
         for p in adapter.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64))
+
+
+SITES = ["up", "down"]
+
+
+def adapted_lora(seed: int | None = 3, **options: object) -> tuple[Stack, plait.Adapter]:
+    """A stack under a LoRA of rank 3 on its blocks, with random factors unless seed is None."""
+    model = make_stack()
+    options = {"rank": 3, "alpha": 5, "targets": SITES, "seed": 0, **options}
+    adapter = plait.attach(model, "lora", **options)
+    if seed is not None:
+        randomise(adapter, seed)
+    return model, adapter
+
+
+def dense(adapter: plait.Adapter) -> dict[str, Tensor]:
+    """{site path: dW}."""
+    return {path: delta.dense().detach() for path, delta in adapter.deltas.items()}

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_models import batches, make_stack, randomise, train
+from rule_models import SITES, adapted_lora, batches, dense, make_stack, train
 from torch import Tensor, nn
 
 import plait
 from plait.rules.lora_rite import LoraRite
-
-SITES = ["up", "down"]
-
-
-def adapted(seed: int | None = 3, **options):
-    model = make_stack()
-    options = {"rank": 3, "alpha": 5, "targets": SITES, "seed": 0, **options}
-    adapter = plait.attach(model, "lora", **options)
-    if seed is not None:
-        randomise(adapter, seed)
-    return model, adapter
-
-
-def dense(adapter) -> dict[str, Tensor]:
-    return {p: d.dense().detach() for p, d in adapter.deltas.items()}
 
 
 def turned(adapter, by: str) -> None:
@@ -44,7 +29,7 @@ def turned(adapter, by: str) -> None:
 def test_the_path_of_dw_does_not_depend_on_the_split(steps: int, by: str, escape: bool) -> None:
     found = []
     for turn in (False, True):
-        model, adapter = adapted()
+        model, adapter = adapted_lora()
         if turn:
             turned(adapter, by)
         run = plait.RuleStack(model, [LoraRite(escape=escape)], lr=1e-2, weight_decay=0.1)
@@ -57,7 +42,7 @@ def test_the_path_of_dw_does_not_depend_on_the_split(steps: int, by: str, escape
 def test_adam_s_path_does() -> None:
     found = []
     for turn in (False, True):
-        model, adapter = adapted()
+        model, adapter = adapted_lora()
         if turn:
             turned(adapter, "scale")
         train(model, plait.RuleStack(model, lr=1e-2), batches(1))
@@ -99,7 +84,7 @@ class Written:
 @pytest.mark.parametrize("clip", [0.0, 1e-2])
 def test_steps_are_the_algorithm_written_out(escape: bool, clip: float) -> None:
     """Four steps of all sites, at learning rates that change, with weight decay."""
-    model, adapter = adapted()
+    model, adapter = adapted_lora()
     rule = LoraRite(escape=escape, clip=clip, skip=0.0)
     run = plait.RuleStack(model, [rule], lr=1.0, weight_decay=0.1)
     twins = {
@@ -131,7 +116,7 @@ def test_steps_are_the_algorithm_written_out(escape: bool, clip: float) -> None:
 
 def test_rank_one_is_a_normalised_step() -> None:
     """V is a number then: each factor moves along its gradient, by 1 a root mean square."""
-    model, adapter = adapted(rank=1, alpha=2)
+    model, adapter = adapted_lora(rank=1, alpha=2)
     rule = LoraRite(clip=0.0, skip=0.0, eps=1e-12)
     run = plait.RuleStack(model, [rule], lr=0.1)
     model(batches(1)[0]).backward()
@@ -150,7 +135,7 @@ def test_rank_one_is_a_normalised_step() -> None:
 
 def test_the_first_step_moves_dw_alike_in_every_direction_it_knows() -> None:
     """From B = 0 the step is -lr s M U^T with all singular values of M at the root of its rows."""
-    model, adapter = adapted(seed=None)
+    model, adapter = adapted_lora(seed=None)
     before = {p: d.A.detach().clone() for p, d in adapter.deltas.items()}
     rule = LoraRite(eps=1e-14, skip=0.0)
     train(model, plait.RuleStack(model, [rule], lr=0.1), batches(1))
@@ -173,7 +158,7 @@ def test_the_start_and_a_tiny_b_are_finite_in_float32() -> None:
 
 def test_an_outlier_is_skipped_factor_by_factor() -> None:
     """A factor that is skipped goes on with what it has; at the first step that is nothing."""
-    model, adapter = adapted()
+    model, adapter = adapted_lora()
     names = [f"{p}.{n}" for p in adapter.deltas for n in "AB"]
     before = {n: p.detach().clone() for n, p in adapter.named_parameters()}
     run = plait.RuleStack(model, ["lora-rite"], lr=1e-2)
@@ -187,7 +172,7 @@ def test_an_outlier_is_skipped_factor_by_factor() -> None:
 
 
 def test_a_frozen_factor_stays() -> None:
-    model, adapter = adapted()
+    model, adapter = adapted_lora()
     delta = adapter.deltas["layers.0.up"]
     delta.A.requires_grad_(False)
     before = delta.A.detach().clone(), delta.B.detach().clone()
@@ -216,7 +201,7 @@ def test_what_is_in_no_pair_takes_adam_s_step() -> None:
 
 
 def test_the_state_is_adam_s_and_two_small_squares() -> None:
-    model, adapter = adapted()
+    model, adapter = adapted_lora()
     run = plait.RuleStack(model, ["lora-rite"], lr=1e-2)
     train(model, run, batches(1))
     kept = run.rules[0].state_dict()["pairs"].values()
@@ -254,6 +239,6 @@ def test_what_cannot_work_is_refused() -> None:
     for wrong in ({"betas": (0.9, 1.0)}, {"eps": 0.0}, {"clip": -1.0}):
         with pytest.raises(plait.PlaitError, match="lora-rite"):
             LoraRite(**wrong)
-    model, _ = adapted()
+    model, _ = adapted_lora()
     with pytest.raises(plait.PlaitError, match="keep one of them"):
         plait.RuleStack(model, ["lora-rite", "lora-pro"])

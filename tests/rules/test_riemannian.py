@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_models import batches, make_stack, randomise, train
+from rule_models import SITES, adapted_lora, batches, dense, make_stack, train
 from torch import Tensor, nn
 
 import plait
 from plait.rules.riemannian import Riemannian, preconditioned
 
-SITES = ["up", "down"]
-
-
-def adapted(seed: int | None = 3, **options):
-    model = make_stack()
-    options = {"rank": 3, "alpha": 5, "targets": SITES, "seed": 0, **options}
-    adapter = plait.attach(model, "lora", **options)
-    if seed is not None:
-        randomise(adapter, seed)
-    return model, adapter
-
 
 def sgd(model, rules, lr: float) -> plait.RuleStack:
     return plait.RuleStack(model, rules, lr=lr, optimizer_factory=torch.optim.SGD)
-
-
-def dense(adapter) -> dict[str, Tensor]:
-    return {p: d.dense().detach() for p, d in adapter.deltas.items()}
 
 
 def projection(X: Tensor) -> Tensor:
@@ -35,7 +20,7 @@ def projection(X: Tensor) -> Tensor:
 
 
 def test_a_step_projects_the_full_gradient_on_both_spaces() -> None:
-    model, adapter = adapted()
+    model, adapter = adapted_lora()
     (ids,) = batches(1)
     weights = {path: d.site.base.weight for path, d in adapter.deltas.items()}
     for w in weights.values():
@@ -58,7 +43,7 @@ def test_dw_does_not_depend_on_the_factors_basis(large: bool) -> None:
     """Not to first order only: whole runs agree, for a scaling by 10 and for any invertible R."""
     found = []
     for turn in (False, True):
-        model, adapter = adapted()
+        model, adapter = adapted_lora()
         g = torch.Generator().manual_seed(8)
         for delta in adapter.deltas.values() if turn else ():
             R = torch.randn(3, 3, generator=g, dtype=torch.float64) + 2 * torch.eye(3)
@@ -110,7 +95,7 @@ def test_conditioning_does_not_matter() -> None:
 def test_a_large_delta_is_plain_descent() -> None:
     found = []
     for rules, lr in (([Riemannian(delta=1e9)], 1e7), ([], 1e-2)):
-        model, adapter = adapted()
+        model, adapter = adapted_lora()
         train(model, sgd(model, rules, lr), batches(3))
         found.append(adapter.state_dict())
     for name, value in found[0].items():
@@ -127,7 +112,7 @@ def test_rank_one_divides_by_the_other_factor_s_square() -> None:
 
 @pytest.mark.parametrize("delta", [0.0, 1e-6])
 def test_the_start_with_b_zero_moves_b_only(delta: float) -> None:
-    model, adapter = adapted(seed=None)
+    model, adapter = adapted_lora(seed=None)
     before = {p: d.A.detach().clone() for p, d in adapter.deltas.items()}
     train(model, sgd(model, [Riemannian(delta)], 1e-2), batches(1))
     for path, d in adapter.deltas.items():
@@ -136,7 +121,7 @@ def test_the_start_with_b_zero_moves_b_only(delta: float) -> None:
 
 
 def test_a_frozen_factor_stays_and_the_other_is_preconditioned() -> None:
-    model, adapter = adapted()
+    model, adapter = adapted_lora()
     delta = adapter.deltas["layers.0.up"]
     delta.A.requires_grad_(False)
     A, B = delta.A.detach().clone(), delta.B.detach().clone()
@@ -153,7 +138,7 @@ def test_it_trains_as_peft_s_optimiser_does() -> None:
     optimizers = pytest.importorskip("peft.optimizers")
     if not hasattr(optimizers, "create_riemannian_optimizer"):
         pytest.skip("this PEFT has no Riemannian optimiser")
-    model, adapter = adapted()
+    model, adapter = adapted_lora()
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=SITES)
     theirs = peft.get_peft_model(make_stack(), config).double()
     modules = dict(theirs.base_model.model.named_modules())
