@@ -1,7 +1,7 @@
 """Linear algebra that adapters share: factored matrices, randomised SVD, solvers, transforms."""
 
 from plait.linalg.allocate import allocate, best_components
-from plait.linalg.canonical import canonical_svd
+from plait.linalg.canonical import canonical_svd, column_signs
 from plait.linalg.counters import key_of, uniform_at
 from plait.linalg.entanglement import cut_entropy, entropy_profile, page_entropy
 from plait.linalg.gram import gram_directions, mapped_directions
@@ -21,6 +21,7 @@ __all__ = [
     "allocate",
     "best_components",
     "canonical_svd",
+    "column_signs",
     "cut_entropy",
     "damped_inverse",
     "entropy_profile",

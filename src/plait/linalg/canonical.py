@@ -17,9 +17,14 @@ def canonical_svd(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     M = M.double()
     U, S, Vh = _by_gram(M) or torch.linalg.svd(M, full_matrices=False)
-    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(U)
+    signs = column_signs(U)
     return U * signs, S, signs.mT * Vh
+
+
+def column_signs(U: Tensor) -> Tensor:
+    """[..., 1, k]: the signs that make each column's entry of greatest magnitude positive."""
+    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
+    return torch.where(largest < 0, -1.0, 1.0).to(U)
 
 
 def _by_gram(M: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

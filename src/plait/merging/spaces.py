@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import PlaitError
-from plait.linalg import LowRank
+from plait.linalg import LowRank, column_signs
 from plait.merging.changes import Changes
 from plait.merging.method import Merge, Space
 
@@ -75,7 +75,6 @@ def align(lows: Sequence[LowRank]) -> tuple[Tensor, list[Tensor]]:
     vectors = vectors[:, kept] if len(values) else vectors
     U = Q @ vectors
     if U.shape[1]:
-        top = U.abs().argmax(0, keepdim=True)
-        sign = U.gather(0, top).sign()
-        U, vectors = U * sign, vectors * sign
+        signs = column_signs(U)
+        U, vectors = U * signs, vectors * signs
     return U.to(dtype), [(vectors.mT @ m).to(dtype) for m in mapped]

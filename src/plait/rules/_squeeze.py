@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.adapter import PairDelta
-from plait.linalg import LowRank
+from plait.linalg import LowRank, column_signs
 
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
@@ -48,7 +48,7 @@ def squeezed(low: LowRank, rank: int, table: bool = False) -> Squeezed:
     dropped = float(squares[..., rank:].sum()) / total if total else 0.0
     noise = S[..., :1] * torch.finfo(S.dtype).eps * max(low.shape[-2:])
     U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
-    signs = _signs(U)
+    signs = column_signs(U)
     U, Vh = U * signs, signs.mT * Vh
     alive = noise < S
     size = torch.where(alive, S / low.scale, 0).sqrt()
@@ -60,12 +60,6 @@ def squeezed(low: LowRank, rank: int, table: bool = False) -> Squeezed:
     P = (low.A.to(U) @ Vh.mT) * inverse.unsqueeze(-2)
     Q = inverse.unsqueeze(-1) * (U.mT @ low.B.to(U))
     return Squeezed(B, A, P, Q, dropped)
-
-
-def _signs(U: Tensor) -> Tensor:
-    """[..., 1, k]: those that make each column's entry of greatest size positive."""
-    largest = U.gather(-2, U.abs().argmax(-2, keepdim=True))
-    return torch.where(largest < 0, -1.0, 1.0).to(U)
 
 
 @torch.no_grad()
