@@ -8,7 +8,7 @@ that pass is not remembered.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,15 +83,6 @@ class Passes:
     def close(self) -> None:
         self._last = None
         self._handle.remove()
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """`model` on one batch: a mapping by name, a tuple or list by position, or its one argument."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
 
 
 def loss_of(output: Any) -> Tensor:
