@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plait.errors import PlaitError
 from plait.linalg import allocate
+from plait.merging import cut
 
 
 def check_cut(rank: int | None, energy: float | None, budget: int | None) -> None:
@@ -24,10 +25,7 @@ def check_cut(rank: int | None, energy: float | None, budget: int | None) -> Non
     if len(given) != 1:
         said = " and ".join(given) or "none of them"
         raise PlaitError(f"give one of rank=, energy= and budget=, not {said}.")
-    if rank is not None and rank < 1:
-        raise PlaitError(f"rank must be at least 1, not {rank}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise PlaitError(f"energy is a share in (0, 1], not {energy}.")
+    cut.check_cut(rank, energy)
     if budget is not None and budget < 0:
         raise PlaitError(f"budget counts numbers and must be at least 0, not {budget}.")
 

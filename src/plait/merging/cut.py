@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from plait.errors import PlaitError
 from plait.linalg import LowRank, randomized_svd
 
 Cut = tuple[LowRank, float, float]
 """What is kept, the share of energy dropped, and the squared norm that it is a share of."""
+
+
+def check_cut(rank: int | None, energy: float | None) -> None:
+    """PlaitError for a rank below 1, or a share outside (0, 1]."""
+    if rank is not None and rank < 1:
+        raise PlaitError(f"rank must be at least 1, not {rank}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise PlaitError(f"energy is a share in (0, 1], not {energy}.")
 
 
 def cut_low_rank(low: LowRank, rank: int | None, energy: float | None) -> Cut:

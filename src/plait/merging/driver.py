@@ -9,18 +9,19 @@ for adapters that have factors; in `delta` one matrix of W's size, in blocks of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plait.adapter import Adapter, Site
+from plait.adapter import Adapter
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.merging.changes import Changes
-from plait.merging.cut import cut_low_rank, cut_matrix
+from plait.merging.cut import check_cut, cut_low_rank, cut_matrix
 from plait.merging.method import Merge, MergeMethod, choose_space, get_merge_method, make_merge
+from plait.merging.progress import tracked
 from plait.merging.result import Result
 from plait.merging.sources import (
     Source,
@@ -81,7 +82,7 @@ def merge(
         chosen = get_merge_method(method)
         way = make_merge(chosen, options)
         where = choose_space(chosen.name, way, space)
-        _check_cut(rank, energy)
+        check_cut(rank, energy)
         inputs = read_sources(adapters)
         factors = check_weights(weights, len(inputs), inputs)
         known = open_statistics(chosen.name, way.needs, statistics, len(inputs))
@@ -89,7 +90,7 @@ def merge(
             raise PlaitError(f"{chosen.name} merges {chosen.inputs} inputs, not {len(inputs)}.")
         sites = check_adapters(inputs)
         result = Result()
-        for path in _tracked(sites, progress):
+        for path in tracked(sites, len(sites), progress):
             lows = _alike([delta_of(a, label, sites[path]) for label, a in labelled(inputs)])
             here = weights_at(factors, path)
             seen = None if known is None else [s.get(path) for s in known]
@@ -109,22 +110,6 @@ def merge(
             "dropped_energy": result.dropped_energy,
         }
         return result.adapter(name, _base_facts(inputs) | {"merge": facts})
-
-
-def _check_cut(rank: int | None, energy: float | None) -> None:
-    if rank is not None and rank < 1:
-        raise PlaitError(f"rank must be at least 1, not {rank}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise PlaitError(f"energy is a share in (0, 1], not {energy}.")
-
-
-def _tracked(sites: dict[str, Site], progress: bool) -> Iterable[str]:
-    if not progress:
-        return sites
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(sites, "merging", console=Console(stderr=True), transient=True)
 
 
 def _alike(deltas: list[LowRank]) -> list[LowRank]:

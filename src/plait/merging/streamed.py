@@ -29,6 +29,7 @@ from plait.errors import PlaitError
 from plait.merging.checkpoints import holds_checkpoint
 from plait.merging.method import choose_space, get_merge_method, make_merge
 from plait.merging.preflight import check_inputs
+from plait.merging.progress import tracked
 from plait.merging.report import Facts, site_facts, write_report
 from plait.merging.shards import Planned, plan_shards, shard_names, write_index, write_shard
 from plait.merging.sources import check_weights
@@ -139,24 +140,15 @@ def _write_all(job: Job, processes: int, progress: bool) -> Facts:
     if processes > 1 and len(todo) > 1:
         context = get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
-            for _ in _tracked(pool.map(_write_one, [job] * len(todo), todo), len(todo), progress):
+            for _ in tracked(pool.map(_write_one, [job] * len(todo), todo), len(todo), progress):
                 pass
     else:
-        for index in _tracked(iter(todo), len(todo), progress):
+        for index in tracked(todo, len(todo), progress):
             _write_one(job, index)
     found: Facts = {}
     for name in names:
         found |= json.loads((Path(job.folder) / f".{name}.json").read_text())
     return found
-
-
-def _tracked(items: Any, total: int, progress: bool) -> Any:
-    if not progress:
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, "merging", total=total, console=Console(stderr=True), transient=True)
 
 
 def _write_one(job: Job, index: int) -> None:
