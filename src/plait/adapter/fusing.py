@@ -33,7 +33,9 @@ def fuse(model: nn.Module, *, keep_base: bool = True) -> None:
         for delta, _ in entries:
             _check_fusable(delta)
     record: dict[str, Any] = {"old": [], "overwritten": [], "kept": keep_base}
-    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    uses: Counter[int] = Counter()
+    if any(delta.sparse() is not None for _, entries in plans for delta, _ in entries):
+        uses.update(id(p) for m in model.modules() for p in m._parameters.values())
     with torch.no_grad():
         for module, entries in plans:
             if _written_in_place(entries, uses):
@@ -87,11 +89,12 @@ def _check_fusable(delta: Delta) -> None:
 
 def _written_in_place(entries: list[tuple[Delta, Weight]], uses: Counter[int]) -> bool:
     """All changes are sparse, and W is one parameter of this module alone, stored as it is."""
-    weight = entries[0][0].site.weight()
-    own = getattr(entries[0][0].site.base, "weight", None)
-    if not isinstance(own, nn.Parameter) or uses[id(own)] > 1 or not weight.is_contiguous():
+    if any(d.sparse() is None or d.bias() is not None for d, _ in entries):
         return False
-    return all(d.sparse() is not None and d.bias() is None for d, _ in entries)
+    site = entries[0][0].site
+    own = getattr(site.base, "weight", None)
+    alone = isinstance(own, nn.Parameter) and uses[id(own)] == 1
+    return alone and site.weight().is_contiguous()
 
 
 def _write(delta: Delta, scale: Weight) -> tuple[Tensor, Tensor, Tensor]:
