@@ -9,11 +9,18 @@ sort of everything would give.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _LOW = 16
+_SAMPLE = 1 << 14
+_CHUNK = 1 << 16
+"""Entries that are looked at together: they stay in a cache from one step to the next."""
 _BINS = 1 << 15
 """Of the upper half: the sign is always 0."""
 
@@ -21,15 +28,39 @@ _BINS = 1 << 15
 def kth_magnitude(x: Tensor, count: int) -> float:
     """The magnitude of the count-th largest entry of a tensor in memory, in float32.
 
-    By numpy's selection, several times quicker than a histogram or a sort.
+    A sample says between which two values it must lie; selecting among the few entries between them
+    is several times quicker than selecting, sorting or counting bins over all. Where the sample
+    misleads, all entries are selected from: the answer is exact either way.
     """
     import numpy as np
 
-    sizes = x.detach().to("cpu", torch.float32).abs().flatten().numpy()
-    if not 0 < count <= sizes.size:
-        raise ValueError(f"kth_magnitude: {count} of {sizes.size} entries")
-    place = sizes.size - count
-    return float(np.partition(sizes, place)[place])
+    entries = x.detach().to("cpu", torch.float32).flatten().numpy()
+    if not 0 < count <= entries.size:
+        raise ValueError(f"kth_magnitude: {count} of {entries.size} entries")
+    low, high = _bracket(entries, count)
+    above, found = 0, []
+    for at in range(0, entries.size, _CHUNK):
+        sizes = np.abs(entries[at : at + _CHUNK])
+        larger = sizes >= high
+        above += int(np.count_nonzero(larger))
+        found.append(sizes[(sizes >= low) ^ larger])
+    between = np.concatenate(found)
+    if not above < count <= above + between.size:
+        above, between = 0, np.abs(entries)
+    place = between.size - (count - above)
+    return float(np.partition(between, place)[place])
+
+
+def _bracket(entries: np.ndarray, count: int) -> tuple[float, float]:
+    """Two values that the count-th largest lies between, but for three samples in a thousand."""
+    import numpy as np
+
+    sample = np.sort(np.abs(entries[:: max(1, entries.size // _SAMPLE)]))
+    share = 1 - count / entries.size
+    spread = 3 * (sample.size * share * (1 - share)) ** 0.5 + 2
+    first, last = int(share * sample.size - spread), int(share * sample.size + spread) + 1
+    low = sample[first] if first >= 0 else 0.0
+    return float(low), float(sample[last]) if last < sample.size else float("inf")
 
 
 def kth_magnitudes(blocks: Callable[[], Iterable[Tensor]], counts: Sequence[int]) -> Tensor:

@@ -77,8 +77,11 @@ class Changes:
         """All of one input's change, [out, in]."""
         if self.lows is not None:
             return self.lows[index].dense(self.dtype)
-        matrix = (self.dense or ())[index].to(self.dtype)
-        return matrix if self.base is None else matrix - self.base.to(self.dtype)
+        matrix = (self.dense or ())[index]
+        if self.base is None:
+            return matrix.to(self.dtype)
+        # The base is widened in passing: a copy of it would cost as much as the difference.
+        return matrix.to(self.dtype, copy=True).sub_(self.base)
 
     def ranges(self) -> list[range]:
         """The rows in blocks of at most `block` numbers (at least one row)."""

@@ -39,6 +39,12 @@ def kth(changes: Changes, count: int) -> Tensor:
 
 
 def keep_from(block: Tensor, thresholds: Tensor) -> Tensor:
-    """Entries of at least the threshold; the others are 0."""
+    """Entries of at least the threshold [k, 1, 1]; the others are 0."""
     # Compared as the thresholds were found: in float32.
-    return block * (block.abs().float() >= thresholds)
+    if block.dtype != torch.float32:
+        return block * (block.abs().float() >= thresholds)
+    kept = torch.empty_like(block)
+    least = thresholds.float().nextafter(torch.zeros(())).flatten().tolist()
+    for each, bound, into in zip(block, least, kept, strict=True):
+        torch.hardshrink(each, bound, out=into)  # keeps what is larger than the bound
+    return kept
