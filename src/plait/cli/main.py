@@ -35,7 +35,10 @@ from plait.cli import (
     show,
     train,
 )
+from plait.cli.allocator import keep_freed_memory
 from plait.cli.failure import explain
+
+keep_freed_memory()
 
 app = typer.Typer(
     name="plait",
