@@ -198,3 +198,52 @@ def test_what_does_not_fit_is_named() -> None:
     broken["lm_head.weight"][0, 0] = float("nan")
     with pytest.raises(PlaitError, match=r"lm_head\.weight.*NaN"):
         plait.extract(base, broken)
+
+
+def test_a_tied_weight_is_stored_once_and_read_for_both_sites(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    base = tiny_model("gpt2")
+    tuned = tuned_from(base, rank=2, vectors=False)
+    adapter = plait.extract(base, tuned, rank=2)
+    assert {"lm_head", "transformer.wte"} <= set(adapter.deltas)
+    adapter.save(tmp_path / "own")
+    with safe_open(tmp_path / "own" / "adapter.safetensors", "pt") as file:
+        assert not any(name.startswith("lm_head") for name in file.keys())  # noqa: SIM118
+    again = plait.read_adapter(tmp_path / "own")
+    assert list(again.deltas) == list(adapter.deltas)
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    expected = logits(tuned)
+    adapter.save(tmp_path / "peft", format="peft")
+    peft = PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "peft")
+    torch.testing.assert_close(logits(peft), expected, rtol=1e-4, atol=1e-4)
+    plait.load(base, tmp_path / "own")
+    torch.testing.assert_close(logits(base), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_went_its_own_way_is_stored_apart(tmp_path: Path) -> None:
+    base = tiny_model("gpt2")
+    adapter = plait.extract(base, tuned_from(base, rank=2), rank=2)
+    adapter.deltas["lm_head"].A.data[0, 0] += 1e-3
+    adapter.save(tmp_path / "own")
+    again = plait.read_adapter(tmp_path / "own").state_dict()
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+    plain = plait.attach(base, "lora", targets=["wte", "lm_head"], rank=2)  # A and B are zeros
+    plain.save(tmp_path / "plain")
+    assert '"version": 1' in (tmp_path / "plain" / "plait.json").read_text()
+
+
+def test_a_file_whose_twin_is_missing_is_refused(tmp_path: Path) -> None:
+    base = tiny_model("gpt2")
+    plait.extract(base, tuned_from(base, rank=2), rank=2).save(tmp_path / "own")
+    file = tmp_path / "own" / "plait.json"
+    text = file.read_text()
+    file.write_text(text.replace('"same":{"lm_head":"transformer.wte"', '"same":{"lm_head":"wte"'))
+    if file.read_text() == text:
+        file.write_text(text.replace('"lm_head": "transformer.wte"', '"lm_head": "wte"'))
+    assert file.read_text() != text
+    with pytest.raises(PlaitError, match="cannot share the pair"):
+        plait.read_adapter(tmp_path / "own")

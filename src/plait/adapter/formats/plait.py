@@ -2,7 +2,8 @@
 
     plait.json            method, options, seed, and per site: path, layout, shape, options that
                           differ; checksums of the tensors that the seed regenerates; which
-                          tensors are stored as codes of a few bits (see `coded`)
+                          tensors are stored as codes of a few bits (see `coded`); which sites
+                          have the pair of another one (see `twins`)
     adapter.safetensors   trained and stored tensors, by "site path.name" and "shared:name"
 
 Everything an adapter holds comes back bit for bit: ranks per site, shared pools, held-back starts,
@@ -29,6 +30,7 @@ from plait.adapter.formats.atomic import json_writer, tensors_writer, write_fold
 from plait.adapter.formats.coded import Coded, decode_tensors
 from plait.adapter.formats.limits import limit_allocation
 from plait.adapter.formats.tensors import check_names, read_json, read_tensors, warn_not_finite
+from plait.adapter.formats.twins import find_twins, with_twins, without_twins
 from plait.adapter.method import Method
 from plait.adapter.registry import get_method
 from plait.adapter.replacement import EXTRAS, is_extra
@@ -37,9 +39,9 @@ from plait.adapter.site import SITE_TYPES, Site, layout, rebuild_site
 from plait.errors import FormatError, PlaitError
 
 DESCRIPTION, TENSORS = "plait.json", "adapter.safetensors"
-FORMAT, VERSION = "plait-adapter", 2
-PLAIN = 1
-"""The version of a file without coded tensors, which every Plait reads."""
+FORMAT, VERSION = "plait-adapter", 3
+PLAIN, CODED, TWINS = 1, 2, 3
+"""Versions by what a file needs of its reader: nothing new, codes, or shared pairs."""
 
 
 def save_plait(adapter: Adapter, path: Path, coded: Sequence[Coded] = ()) -> Path:
@@ -48,8 +50,11 @@ def save_plait(adapter: Adapter, path: Path, coded: Sequence[Coded] = ()) -> Pat
         raise FormatError(f"{path} holds an adapter in PEFT's format; choose another folder.")
     tensors = adapter.state_dict()
     described = describe(adapter)
+    if twins := {} if coded else find_twins(adapter.deltas, tensors):
+        described |= {"version": TWINS, "same": twins}
+        tensors = without_twins(tensors, twins)
     if coded:
-        described["version"] = VERSION
+        described["version"] = CODED
         described["coded"] = [group.described() for group in coded]
         as_codes = {name for group in coded for name in group.shapes}
         tensors = {n: t for n, t in tensors.items() if n not in as_codes}
@@ -135,6 +140,7 @@ def read_plait(path: Path, name: str | None = None) -> Adapter:
     tensors, _ = read_tensors(path / TENSORS)
     try:
         tensors = decode_tensors(described.get("coded", []), tensors)
+        tensors = with_twins(tensors, described.get("same", {}))
         with limit_allocation(described, tensors, str(file)):
             adapter = _build(described, tensors, name)
         # Clones, because a product's last bit may depend on how its factors lie in memory.
