@@ -40,6 +40,12 @@ def planted(needs: frozenset[str], order: list[int]) -> list[Tensor] | None:
     return made
 
 
+def base_weight() -> Tensor:
+    """W0 of the site, for methods that declare that they read it."""
+    g = torch.Generator().manual_seed(50)
+    return torch.randn(OUT, IN, generator=g, dtype=torch.float64)
+
+
 def run(
     name: str, space: str, given: list[LowRank], weights=None, block=1 << 20, order=None, **options
 ):
@@ -48,7 +54,8 @@ def run(
     k = len(given)
     weights = list(WEIGHTS[:k]) if weights is None else weights
     seen = planted(way.needs, order or list(range(k)))
-    changes = Changes("site", given, seed=3, block=block, statistics=seen)
+    W = base_weight() if way.reads_base else None
+    changes = Changes("site", given, seed=3, block=block, statistics=seen, original=W)
     return merge_site(way, changes, weights, space)
 
 

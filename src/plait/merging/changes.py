@@ -23,15 +23,17 @@ class Changes:
 
     `lows` holds exact factors, `dense` the matrices themselves (mapped from a file, perhaps), from
     which `base` is subtracted as they are read; one of the two is given. A vector (a bias, a norm)
-    is a matrix of one row. `statistics` holds what data said about this site, a tensor for each
-    input or None. In space `aligned` the matrices are coordinates, and `basis` [out, p] what they
-    are coordinates in.
+    is a matrix of one row. `original` is W0 [out, in] of the site, for methods that read it, where
+    `base` does not hold it already. `statistics` holds what data said about this site, a tensor for
+    each input or None. In space `aligned` the matrices are coordinates, and `basis` [out, p] what
+    they are coordinates in.
     """
 
     path: str
     lows: Sequence[LowRank] | None = None
     dense: Sequence[Tensor] | None = None
     base: Tensor | None = field(default=None, repr=False)
+    original: Tensor | None = field(default=None, repr=False)
     seed: int = 0
     block: int = field(default=BLOCK, repr=False)
     statistics: Sequence[Tensor | None] | None = field(default=None, repr=False)
@@ -63,7 +65,20 @@ class Changes:
                     f"site {self.path!r}: input {number} has no {kind} statistic there; compute it "
                     "with plait.merging.statistics and pass merge(..., statistics=[...])."
                 )
-        return [item.to("cpu", self.dtype) for item in found if item is not None]
+        return [_in(item, self.dtype) for item in found if item is not None]
+
+    def base_weight(self, rows: range | None = None) -> Tensor:
+        """W0 of the site (of these rows), in this site's dtype; an error where nobody gave it.
+
+        For methods that declare `reads_base`. Vectors come as one row, as their changes do.
+        """
+        found = self.base if self.original is None else self.original
+        if found is None:
+            raise PlaitError(
+                f"site {self.path!r}: this merge reads the base's weight, which is not known here; "
+                "pass merge(..., base=model or folder), or attach the adapters."
+            )
+        return (found if rows is None else found[rows.start : rows.stop]).to("cpu", self.dtype)
 
     def rows(self, rows: range) -> Tensor:
         """These rows of every change, [k, rows, in]."""
@@ -101,3 +116,8 @@ class Changes:
         columns = self.shape[1]
         keys = [key_of(self.seed, self.path, name, i) for i in range(self.k)]
         return torch.stack([uniform_at(key, rows, columns) for key in keys])
+
+
+def _in(statistic: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU, numbers in this dtype; masks stay what they are."""
+    return statistic.to("cpu", dtype if statistic.is_floating_point() else None)

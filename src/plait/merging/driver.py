@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from plait.linalg import LowRank
 from plait.merging.changes import Changes
 from plait.merging.cut import check_cut, cut_low_rank, cut_matrix
 from plait.merging.method import Merge, MergeMethod, choose_space, get_merge_method, make_merge
+from plait.merging.originals import Base, open_originals
 from plait.merging.progress import tracked
 from plait.merging.result import Result
 from plait.merging.sources import (
@@ -47,6 +49,7 @@ def merge(
     rank: int | None = None,
     energy: float | None = None,
     statistics: Sequence[Statistics] | None = None,
+    base: Base | None = None,
     seed: int = 0,
     name: str = "merged",
     progress: bool = False,
@@ -67,6 +70,8 @@ def merge(
             merges of space "delta" have beyond the sum of the ranks.
         statistics: for methods that need some, what `plait.merging.statistics` made of data, for
             each adapter: {site path: tensor}, or the path of a .safetensors file of them.
+        base: for methods that read the base's weights: a model, or a checkpoint's folder or file,
+            of which one site at a time is read; None asks the models that adapters are attached to.
         seed: of methods that draw. The result depends on nothing else: neither on threads nor on
             the order or the blocks in which sites are worked on.
         name: the result's.
@@ -78,7 +83,7 @@ def merge(
     Raises PlaitError for an unknown method or option (naming the nearest), adapters of different
     bases or shapes, NaN or infinity, and deltas that need a base they are not attached to.
     """
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as stack:
         chosen = get_merge_method(method)
         way = make_merge(chosen, options)
         where = choose_space(chosen.name, way, space)
@@ -89,17 +94,21 @@ def merge(
         if chosen.inputs not in (None, len(inputs)):
             raise PlaitError(f"{chosen.name} merges {chosen.inputs} inputs, not {len(inputs)}.")
         sites = check_adapters(inputs)
+        opened = open_originals(chosen.name, base, inputs) if way.reads_base else None
+        original = None if opened is None else stack.enter_context(opened)
         result = Result()
         for path in tracked(sites, len(sites), progress):
             lows = _alike([delta_of(a, label, sites[path]) for label, a in labelled(inputs)])
             here = weights_at(factors, path)
             seen = None if known is None else [s.get(path) for s in known]
-            found = merge_site(way, Changes(path, lows, seed=seed, statistics=seen), here, where)
+            W, b = (None, None) if original is None else original(sites[path])
+            changes = Changes(path, lows, seed=seed, statistics=seen, original=W)
+            found = merge_site(way, changes, here, where)
             if isinstance(found, Tensor):
                 cut = cut_matrix(found, rank, energy, sum(low.rank for low in lows))
             else:
                 cut = cut_low_rank(found, rank, energy)
-            bias = _merge_biases(way, path, [bias_of(a, path) for a in inputs], here, seed)
+            bias = _merge_biases(way, path, [bias_of(a, path) for a in inputs], here, seed, b)
             result.add(sites[path], *cut, bias)
         facts = {
             "method": chosen.name,
@@ -126,6 +135,7 @@ def _merge_biases(
     biases: Sequence[Tensor | None],
     weights: Sequence[float],
     seed: int,
+    original: Tensor | None,
 ) -> Tensor | None:
     """Biases as matrices of one row, where the method works entry by entry without statistics;
     else their sum."""
@@ -136,7 +146,8 @@ def _merge_biases(
     rows = [b.detach().cpu()[None] for b in known]
     if way.needs or "delta" not in way.spaces:
         return sum(w * row[0] for w, row in zip(weights, rows, strict=True))  # type: ignore[return-value]
-    return by_entries(way, Changes(f"{path}.bias", dense=rows, seed=seed), weights)[0]
+    changes = Changes(f"{path}.bias", dense=rows, seed=seed, original=original)
+    return by_entries(way, changes, weights)[0]
 
 
 def _base_facts(inputs: Sequence[Adapter]) -> dict[str, Any]:

@@ -36,7 +36,10 @@ class Merge:
     spaces: tuple[Space, ...] = ("factors",)
     """Those that it supports (with these options), the best for adapters first."""
     needs: frozenset[str] = frozenset()
-    """What `changes.statistics` must hold: "gram" or "fisher" (see `plait.merging.statistics`)."""
+    """What `changes.statistics` must hold: "gram" or "fisher" (see `plait.merging.statistics`), or
+    "mask" (`plait.merging.localize`)."""
+    reads_base: bool = False
+    """Whether it asks for `changes.base_weight()`, so that a base must be given."""
 
     def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
         """The merge of one site in factors; an input that does not act there comes as rank 0."""

@@ -94,6 +94,8 @@ def merge_checkpoints(
             f"merge method {chosen.name!r} needs statistics of data ({needed}), which a streamed "
             "merge does not take; merge adapters, or extract them first with `plait extract`."
         )
+    if way.reads_base and base is None:
+        raise PlaitError(f"merge method {chosen.name!r} reads the base's weights; give base=.")
     factors = check_weights(weights, len(inputs))
     target = Path(out)
     if target.exists():
