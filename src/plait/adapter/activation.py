@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from plait.adapter.adapter import Adapter
 from plait.adapter.delta import Delta
-from plait.adapter.plans import Fused, Weight, choose_plan
+from plait.adapter.plans import Fused, choose_plan
 from plait.adapter.siblings import link_siblings
 from plait.adapter.state import ModelState, find_state, get_state
+from plait.adapter.weighting import Weight, check_weight, is_number
 from plait.errors import PlaitError, unknown
 
 _KEPT_PLANS = 64
@@ -26,7 +27,8 @@ def activate(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, Weig
     """Choose the active adapters: a name, several, or `{name: weight}`; `{}` is the base model.
 
     The adapted output is base + sum of weight x change; a weight may be a tensor with a gradient,
-    and a mapping gives sites weights of their own: `{name: {"layers.0.up_proj": 0.5}}`.
+    and a mapping gives sites weights of their own: `{name: {"layers.0.up_proj": 0.5}}`, a tensor
+    [out, 1] or [1, in] each row or column of a site's dW (see `plait.adapter.weighting`).
     Which adapters train is another matter (`adapter.requires_grad_`). The cost does not depend on
     what else is attached, and switching back to an earlier choice is a matter of microseconds.
     """
@@ -42,7 +44,7 @@ def set_active(model: nn.Module, adapters: Mapping[str, Weights]) -> None:
     state = get_state(model)
     refuse_fused(state, "activate")
     chosen = {name: state.adapter(name) for name in adapters}
-    _check_paths(chosen, adapters)
+    _check_weights(chosen, adapters)
     _check_edits(chosen, adapters)
     before = list(state.active)
     for name in before:
@@ -116,12 +118,15 @@ def base_weights(model: nn.Module) -> Iterator[None]:
                 _notify(adapter, on=True)
 
 
-def _check_paths(chosen: Mapping[str, Adapter], weights: Mapping[str, Weights]) -> None:
+def _check_weights(chosen: Mapping[str, Adapter], weights: Mapping[str, Weights]) -> None:
     for name, adapter in chosen.items():
         weight = weights[name]
-        for path in weight if isinstance(weight, Mapping) else ():
+        if not isinstance(weight, Mapping):
+            weight = {} if is_number(weight) else dict.fromkeys(adapter.deltas, weight)
+        for path, here in weight.items():
             if path not in adapter.deltas:
                 raise unknown("site", path, adapter.deltas, where=f"adapter {name!r}")
+            check_weight(adapter.deltas[path], here)
 
 
 def _check_edits(chosen: Mapping[str, Adapter], weights: Mapping[str, Weights]) -> None:

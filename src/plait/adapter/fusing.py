@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from plait.adapter.activation import entries_by_module, set_active
 from plait.adapter.delta import Delta
-from plait.adapter.plans import Weight
 from plait.adapter.state import get_state
+from plait.adapter.weighting import Weight, is_number, weighted_bias, weighted_dense
 from plait.errors import PlaitError
 
 
@@ -89,7 +89,7 @@ def _check_fusable(delta: Delta) -> None:
 
 def _written_in_place(entries: list[tuple[Delta, Weight]], uses: Counter[int]) -> bool:
     """All changes are sparse, and W is one parameter of this module alone, stored as it is."""
-    if any(d.sparse() is None or d.bias() is not None for d, _ in entries):
+    if any(d.sparse() is None or d.bias() is not None or not is_number(w) for d, w in entries):
         return False
     site = entries[0][0].site
     own = getattr(site.base, "weight", None)
@@ -116,14 +116,15 @@ def _fused_values(entries: list[tuple[Delta, Weight]]) -> dict[str, Tensor]:
         if delta.site.kind == "parameter":
             name = delta.site.path.rpartition(".")[2]
             old = values.get(name, delta.site.weight())
-            values[name] = old + (weight * delta.dense()).to(old.dtype)
+            values[name] = old + weighted_dense(delta, weight).to(old.dtype)
     if outputs:
         site = outputs[0][0].site
         values["weight"] = site.replacement(_plus_changes(site.weight(), outputs))
         changes = [(w, b) for d, w in outputs if (b := d.bias()) is not None]
         if changes:
             old_bias = values.get("bias", site.bias())
-            total = torch.stack([w * b for w, b in changes]).sum(0).to(site.weight().dtype)
+            total = torch.stack([weighted_bias(b, w) for w, b in changes]).sum(0)
+            total = total.to(site.weight().dtype)
             values["bias"] = total if old_bias is None else old_bias + total.to(old_bias.dtype)
     return values
 
@@ -138,5 +139,5 @@ def _plus_changes(weight: Tensor, entries: list[tuple[Delta, Weight]]) -> Tensor
             B, A = low.B.to(total.dtype), low.A.to(total.dtype)
             total = torch.addmm(total, B, A, alpha=low.scale * scale)
         else:
-            total = total + (scale * delta.dense()).to(total.dtype)
+            total = total + weighted_dense(delta, scale).to(total.dtype)
     return total.to(dtype)

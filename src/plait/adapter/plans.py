@@ -16,8 +16,8 @@ from plait import kernels
 from plait.adapter.delta import Delta, add_change
 from plait.adapter.siblings import Siblings
 from plait.adapter.site import LinearSite, Site, base_class, first_input
+from plait.adapter.weighting import Weight, weighted_change, weighted_dense, weighted_factors
 
-Weight = float | Tensor
 Entry = tuple[Delta, Weight]
 
 
@@ -44,10 +44,8 @@ class Fused:
             return _concatenated(self.entries)
         low = self.delta.factors()
         assert low is not None
-        weight = self.single_weight
-        if isinstance(weight, Tensor):
-            return low.A, low.B * weight, low.scale
-        return low.A, low.B, low.scale * weight
+        low = weighted_factors(low, self.single_weight)
+        return low.A, low.B, low.scale
 
     def pieces(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float]:
         """Weight, bias, A, B and scale."""
@@ -86,9 +84,10 @@ class Added:
 
 
 def _concatenated(entries: Sequence[Entry]) -> tuple[Tensor, Tensor, float]:
-    lows = [(delta.factors(), weight) for delta, weight in entries]
-    A = torch.cat([low.A for low, _ in lows if low is not None], dim=0)
-    B = torch.cat([low.B * (low.scale * weight) for low, weight in lows if low is not None], dim=1)
+    known = [(delta.factors(), weight) for delta, weight in entries]
+    lows = [weighted_factors(low, weight) for low, weight in known if low is not None]
+    A = torch.cat([low.A for low in lows], dim=0)
+    B = torch.cat([low.B * low.scale for low in lows], dim=1)
     return A, B, 1.0
 
 
@@ -113,7 +112,7 @@ class Stack:
         output = self.site.forward(*args, **kwargs)
 
         def change(y: Tensor) -> Tensor:
-            total = sum(w * d(d.seen(x, y), y) for d, w in self.entries)
+            total = sum(weighted_change(d, w, d.seen(x, y), y) for d, w in self.entries)
             assert isinstance(total, Tensor)
             return total
 
@@ -133,7 +132,7 @@ class WithParameters:
         assert value is not None
         total: Tensor = value
         for delta, weight in entries:
-            total = total + (weight * delta.dense()).to(value.dtype)
+            total = total + weighted_dense(delta, weight).to(value.dtype)
         return total
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
