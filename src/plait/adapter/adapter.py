@@ -15,6 +15,7 @@ from plait.adapter.method import Method
 from plait.adapter.pair import Pair, PairDelta
 from plait.adapter.shared import SharedTensors
 from plait.errors import FormatError, PlaitError
+from plait.linalg import all_finite
 
 if TYPE_CHECKING:
     from plait.adapter.state import ModelState
@@ -164,5 +165,5 @@ class Adapter:
     def check(self) -> None:
         """Raise when a tensor holds NaN or infinity."""
         for key, tensor in self.state_dict().items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not all_finite(tensor):
                 raise PlaitError(f"adapter {self.name!r}: {key!r} holds NaN or infinity.")

@@ -6,6 +6,7 @@ from plait.linalg.counters import key_of, uniform_at
 from plait.linalg.entanglement import cut_entropy, entropy_profile, page_entropy
 from plait.linalg.gram import gram_directions, mapped_directions
 from plait.linalg.lowrank import LowRank
+from plait.linalg.precision import all_finite
 from plait.linalg.rsvd import krylov_svd, low_rank_approximation, randomized_svd
 from plait.linalg.solvers import (
     damped_inverse,
@@ -18,6 +19,7 @@ from plait.linalg.transforms import kron_matvec, wht
 
 __all__ = [
     "LowRank",
+    "all_finite",
     "allocate",
     "best_components",
     "canonical_svd",

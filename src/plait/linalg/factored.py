@@ -12,6 +12,8 @@ from plait.linalg.precision import accumulator_dtype, working_dtype
 
 _TRUSTED = 1e-4
 """Of the largest singular value: what a Gram matrix in float64 gives to about 1e-8 of itself."""
+_UNSPOILT = 1e-9
+"""Of the product of both factors' squared norms: squares above it have seven digits left."""
 
 
 def product_svd(B: Tensor, A: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,27 +37,37 @@ def product_leading(
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """The `rank` leading triplets of scale * B @ A and the squared norm of all of them.
 
-    Through the r x r Gram matrices of both factors in float64: with B^T B = V L V^T, the SVD of
-    B A is that of the symmetric L^(1/2) V^T A A^T V L^(1/2). Half the work of the QR route where
-    rank is far below r. Gram matrices square the spectrum, so the answer is None where the last
-    triplet asked for is too small beside the first to have come out well.
+    Through the r x r Gram matrices of both factors in float64: with B^T B = L L^T the right
+    singular vectors of B A are those of L^T A, and its squared singular values the eigenvalues of
+    L^T A A^T L. A fraction of the QR route's work. Gram matrices square the spectrum, so the answer
+    is None where the last triplet asked for is too small, beside the first or beside what cancels,
+    to have come out well, and where B's columns depend on each other.
     """
     wide = accumulator_dtype(B.device)
-    if wide != torch.float64:
+    if wide != torch.float64 or rank == 0:
         return None
-    b, a = B.to(wide) * scale, A.to(wide)
+    b, a = B.to(wide), A.to(wide)
     gram, right = b.mT @ b, a @ a.mT
-    values, V = torch.linalg.eigh(gram)
-    root = values.clamp_min(0).sqrt()
-    inner = (V.mT @ right @ V) * root.unsqueeze(-1) * root.unsqueeze(-2)
-    squares, W = torch.linalg.eigh(inner)
-    squares, W = squares.flip(-1)[..., :rank], W.flip(-1)[..., :rank]
-    S = squares.clamp_min(0).sqrt()
-    if rank == 0 or bool((S[..., -1] <= _TRUSTED * S[..., 0]).any()):
+    L, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed.any()):
         return None
-    U = b @ (V @ (W * torch.where(root > 0, 1 / root, 0).unsqueeze(-1)))
-    Vh = ((W * root.unsqueeze(-1)).mT @ V.mT @ a) / S.unsqueeze(-1)
-    return U, S, Vh, float((gram * right).sum())
+    squares, W = torch.linalg.eigh(L.mT @ right @ L)
+    squares, W = squares.flip(-1)[..., :rank], W.flip(-1)[..., :rank]
+    size = _trace(gram) * _trace(right)
+    least = (_TRUSTED**2 * squares[..., 0]).maximum(_UNSPOILT * size)
+    if bool((squares[..., -1] <= least).any()):
+        return None
+    S = squares.sqrt().unsqueeze(-2)
+    weights = L @ W
+    Vh = (weights / S).mT @ a
+    U = b @ (right @ weights / S.square())  # B A V / S
+    length = abs(scale)
+    total = float((gram * right).sum()) * length**2
+    return (U if scale >= 0 else -U), S.squeeze(-2) * length, Vh, total
+
+
+def _trace(square: Tensor) -> Tensor:
+    return square.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def product_singular_values(B: Tensor, A: Tensor, scale: float) -> Tensor:

@@ -239,7 +239,7 @@ class LowRank:
         """
         _check_truncation(rank, energy)
         self._require_finite("truncate")
-        if energy is None and rank is not None and 0 < 3 * rank <= min(self.rank, *self.shape[-2:]):
+        if energy is None and rank is not None and rank < min(self.rank, *self.shape[-2:]):
             leading = product_leading(self.B, self.A, self.scale, rank)
             if leading is not None:
                 U, S, Vh, total = leading
