@@ -1,4 +1,4 @@
-"""The command keeps freed memory, so that big temporaries do not cost their pages anew each time."""
+"""The command keeps freed memory: big temporaries do not cost their pages anew each time."""
 
 from __future__ import annotations
 
