@@ -59,6 +59,8 @@ def test_a_method_that_does_not_load_hides_no_other(run, monkeypatch) -> None:
 def test_merge_methods(run) -> None:
     assert "linear" in run("methods", "--merge")[1]
     assert "Exact, by concatenating factors" in run("methods", "linear", "--merge")[1]
+    assert "Another name of dare, with elect=true" in run("methods", "--merge")[1]
+    assert "elect=true  (bool)" in run("methods", "dare_ties", "--merge")[1]
 
 
 def test_option_meanings_come_from_the_strings_under_the_fields() -> None:

@@ -15,6 +15,7 @@ from plait.adapter import Method, Site, get_method, method_names
 from plait.cli.common import note
 from plait.errors import PlaitError
 from plait.merging import get_merge_method, merge_method_names
+from plait.merging.aliases import ALIASES
 
 
 def rows(axis: str | None = None, base: str | None = None) -> list[dict[str, Any]]:
@@ -48,9 +49,14 @@ def _loadable(names: Sequence[str]) -> list[Method]:
 
 
 def merge_rows() -> list[dict[str, Any]]:
-    """One row a merge method."""
+    """One row a merge method, and one for every further name that stands for one."""
     found = [get_merge_method(name) for name in merge_method_names()]
-    return [{"name": m.name, "title": m.title, "paper": m.paper} for m in found]
+    table = [{"name": m.name, "title": m.title, "paper": m.paper} for m in found]
+    for name, (meant, options) in ALIASES.items():
+        settings = ", ".join(f"{key}={_yaml(value)}" for key, value in options.items())
+        title = f"Another name of {meant}" + (f", with {settings}" if settings else "")
+        table.append({"name": name, "title": title, "paper": get_merge_method(name).paper})
+    return sorted(table, key=lambda row: row["name"])
 
 
 def _skeleton(base: str) -> Any:
@@ -102,7 +108,10 @@ def describe_merge(name: str) -> dict[str, Any]:
         "title": method.title,
         "paper": method.paper,
         "description": _docstring(method.merge),
-        "options": option_rows(method.merge),
+        "options": [
+            {**row, "default": method.options.get(row["name"], row["default"])}
+            for row in option_rows(method.merge)
+        ],
         "example": f"plait merge out/a out/b --method {method.name} -o out/merged",
     }
 

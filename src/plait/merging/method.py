@@ -25,6 +25,7 @@ from torch import Tensor
 
 from plait.errors import PlaitError, unknown
 from plait.linalg import LowRank
+from plait.merging.aliases import ALIASES
 from plait.merging.changes import Changes
 
 Space = Literal["factors", "aligned", "delta"]
@@ -71,6 +72,8 @@ class MergeMethod:
     """The order of the inputs (with their weights) does not matter."""
     inputs: int | None = None
     """How many inputs it takes; None takes any number."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What an alias sets beforehand (see `plait.merging.aliases`)."""
 
 
 @cache
@@ -86,12 +89,16 @@ def merge_method_names() -> list[str]:
 
 
 def get_merge_method(name: str | MergeMethod) -> MergeMethod:
-    """The merge method of that name (underscores count as hyphens); an error names the nearest."""
+    """The merge method of that name or alias (underscores count as hyphens); an error names the
+    nearest."""
     if isinstance(name, MergeMethod):
         return name
     key = name.lower().replace("_", "-")
+    if key in ALIASES:
+        meant, options = ALIASES[key]
+        return dataclasses.replace(get_merge_method(meant), name=key, options=options)
     if key not in _files():
-        raise unknown("merge method", name, _files())
+        raise unknown("merge method", name, [*_files(), *ALIASES])
     method = getattr(importlib.import_module(_files()[key]), "METHOD", None)
     if not isinstance(method, MergeMethod) or method.name != key:
         raise PlaitError(f"{_files()[key]} must end in a METHOD record named {key!r}.")
@@ -104,7 +111,7 @@ def make_merge(method: MergeMethod, given: Mapping[str, Any]) -> Merge:
     for name in given:
         if name not in names:
             raise unknown("option", name, names, where=f"merge method {method.name!r}")
-    return method.merge(**given)
+    return method.merge(**{**method.options, **given})
 
 
 def choose_space(name: str, way: Merge, wanted: str | None) -> Space:

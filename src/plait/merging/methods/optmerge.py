@@ -45,9 +45,9 @@ class OptMerge(QuadraticMerge):
     def term(self, change: Tensor, mean: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         rank = self.kept or rank
         projector = leading(change, rank)
-        if self.variant == "lora":
-            return projector, projector
-        return mean + leading(change - mean, rank), projector
+        if self.variant == "full":
+            return mean + leading(change - mean, rank), projector
+        return projector, projector
 
 
 METHOD = MergeMethod(
