@@ -151,3 +151,42 @@ def test_an_input_that_changes_nothing_owns_nothing() -> None:
     zeros = LowRank(torch.zeros(OUT, 1).double(), torch.zeros(1, IN).double())
     for space in ("factors", "delta"):
         assert gap(run("damc", space, [low, zeros], [0.5, 0.5]), low.dense()) < 1e-12
+
+
+# -- densities by input ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["aligned", "delta"])
+@pytest.mark.parametrize("name", ["ties", "dare", "dare-ties"])
+def test_inputs_may_have_densities_of_their_own(name: str, space: str) -> None:
+    given, shares = lows(K), [0.3, 1.0, 0.6]
+    same = run(name, space, given, density=[0.5] * K)
+    torch.testing.assert_close(dense(same), dense(run(name, space, given, density=0.5)))
+    if space == "delta":
+        taus = [low.dense() for low in given]
+        if name == "ties":
+            cut = [ties_by_hand([t], d) for t, d in zip(taus, shares, strict=True)]
+            wanted = elected(cut)
+        else:
+            cut = [dropped(taus, d)[i] for i, d in enumerate(shares)]
+            wanted = sum(cut) / K if name == "dare" else elected(cut)
+        assert gap(run(name, space, given, MEAN, density=shares), wanted) < 1e-6
+    with pytest.raises(PlaitError, match="densities for 3 inputs"):
+        run(name, space, given, density=[0.5, 0.5])
+
+
+def test_dare_in_factors_drops_each_input_by_its_own_density() -> None:
+    given = lows(2)
+    found = run("dare", "factors", given, [0.5, 0.5], density=[1.0, 0.4])
+    assert isinstance(found, LowRank)
+    apart = run("dare", "factors", given, [0.0, 1.0], density=0.4)
+    assert gap(found, 0.5 * given[0].dense() + 0.5 * dense(apart)) < 1e-9
+
+
+def test_dare_ties_may_add_up_what_agrees() -> None:
+    taus = [low.dense() for low in lows(K)]
+    stack = torch.stack(dropped(taus, 0.5)) / K
+    sign = torch.where(stack.sum(0) >= 0, 1.0, -1.0)
+    wanted = (stack * (stack * sign > 0)).sum(0)
+    found = run("dare-ties", "delta", lows(K), MEAN, density=0.5, reduce="sum")
+    assert gap(found, wanted) < 1e-6

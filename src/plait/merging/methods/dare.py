@@ -24,18 +24,20 @@ from plait.adapter.choices import check_choices
 from plait.linalg import LowRank, key_of, uniform_at
 from plait.merging.changes import Changes
 from plait.merging.method import Merge, MergeMethod
-from plait.merging.methods._election import elect
-from plait.merging.methods._trim import check_density
+from plait.merging.methods._election import Reduce, elect
+from plait.merging.methods._trim import check_density, densities
 
 
 @dataclass
 class Dare(Merge):
-    density: float = 0.5
-    """Share of the entries that stay (paper: 0.1 to 0.8)."""
+    density: float | Sequence[float] = 0.5
+    """Share of the entries that stay (paper: 0.1 to 0.8), or one for each input."""
     rescale: Literal["inverse", "l1", "none"] = "inverse"
     """Divide what stays by the density (paper), by what restores the sum of |dW_i|, or by 1."""
     elect: bool = False
-    """Elect signs and average what agrees, as TIES; not in space `factors`."""
+    """Elect signs and merge what agrees, as TIES; not in space `factors`."""
+    reduce: Reduce = "mean"
+    """With `elect`, of those that agree: their weighted mean, their sum, or the largest."""
     scale: float = 1.0
     """Factor on the result."""
 
@@ -48,39 +50,42 @@ class Dare(Merge):
             self.spaces = ("aligned", "delta")  # type: ignore[assignment]
 
     def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
-        dropped = []
-        for i, low in enumerate(lows):
+        dropped, shares = [], densities(changes, self.density)
+        for i, (low, density) in enumerate(zip(lows, shares, strict=True)):
             singular = low.balanced()
             key = key_of(changes.seed, changes.path, "dare", i)
             numbers = uniform_at(key, range(singular.rank), singular.shape[-1])
-            A = self._kept(singular.A[None], numbers[None], self._factor(singular.A, numbers))
-            dropped.append(LowRank(singular.B, A[0], singular.scale))
+            A = singular.A * (numbers < density)
+            dropped.append(LowRank(singular.B, A * self._factor(singular.A, A, density)))
         return LowRank.weighted_sum(dropped, [self.scale * w for w in weights])
 
-    def _factor(self, values: Tensor, numbers: Tensor) -> Tensor | float:
+    def _factor(self, before: Tensor, after: Tensor, density: float) -> float:
         if self.rescale != "l1":
-            return 1 / self.density if self.rescale == "inverse" else 1.0
-        left = torch.where(numbers < self.density, values.abs(), 0).sum()
-        return values.abs().sum() / left.clamp_min(torch.finfo(values.dtype).tiny)
-
-    def _kept(self, block: Tensor, numbers: Tensor, factor: Any) -> Tensor:
-        return torch.where(numbers < self.density, block * factor, 0)
+            return 1 / density if self.rescale == "inverse" else 1.0
+        left = after.abs().sum().clamp_min(torch.finfo(after.dtype).tiny)
+        return float(before.abs().sum() / left)
 
     def survey(self, changes: Changes, weights: Tensor) -> Any:
+        """Each input's share of entries that stay, and the factor on them, [k, 1, 1] both."""
+        wide = torch.tensor(densities(changes, self.density), dtype=torch.float64)[:, None, None]
+        shares = wide.float()  # as the random numbers are
         if self.rescale != "l1":
-            return 1 / self.density if self.rescale == "inverse" else 1.0
+            return shares, 1 / wide if self.rescale == "inverse" else torch.ones_like(wide)
         total, left = torch.zeros(2, changes.k, dtype=torch.float64)
         for rows in changes.ranges():
             sizes = changes.rows(rows).abs().double()
             total += sizes.sum((1, 2))
-            left += torch.where(changes.uniform("dare", rows) < self.density, sizes, 0).sum((1, 2))
-        return (total / left.clamp_min(1e-300)).to(changes.dtype)[:, None, None]
+            left += (sizes * (changes.uniform("dare", rows) < shares)).sum((1, 2))
+        return shares, (total / left.clamp_min(1e-300))[:, None, None]
 
     def combine(
         self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any
     ) -> Tensor:
-        kept = self._kept(block, changes.uniform("dare", rows), found)
-        return self.scale * (elect(kept, weights) if self.elect else (weights * kept).sum(0))
+        shares, factors = found
+        kept = torch.where(changes.uniform("dare", rows) < shares, block * factors.to(block), 0)
+        if self.elect:
+            return self.scale * elect(kept, weights, reduce=self.reduce)
+        return self.scale * (weights * kept).sum(0)
 
 
 METHOD = MergeMethod(

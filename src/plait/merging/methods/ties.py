@@ -13,6 +13,7 @@ Paper: Yadav et al., 2023, arXiv 2306.01708. Departure: trimming by site, not ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,8 @@ from plait.merging.methods._trim import check_density, keep_from, thresholds
 
 @dataclass
 class Ties(Merge):
-    density: float = 0.2
-    """Share of the entries that stay (paper: 0.2)."""
+    density: float | Sequence[float] = 0.2
+    """Share of the entries that stay (paper: 0.2), or one for each input."""
     sign: Sign = "sum"
     """Elect by mass, or by the number of changes on either side."""
     reduce: Reduce = "mean"
