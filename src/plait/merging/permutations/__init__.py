@@ -1,0 +1,1 @@
+"""Merging models whose hidden units stand in different orders: match them, then merge."""
