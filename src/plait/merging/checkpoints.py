@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,10 @@ from torch import Tensor
 
 from plait.adapter.formats.tensors import DTYPES, check_names
 from plait.errors import FormatError
+
+MAPPED = 1 << 26
+"""Bytes read after which the files are mapped anew: pages that were read count as this process's
+memory for as long as they are mapped, in the end all of every input."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._open: dict[Path, Any] = {}
-        self._stack = ExitStack()
+        self._read = 0
 
     @cached_property
     def files(self) -> list[Path]:
@@ -71,7 +74,10 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file where safetensors can."""
+        if self._read > MAPPED:
+            self._close()
         found: Tensor = self._opened(self.entries[name].file).get_tensor(name)
+        self._read += found.nbytes
         return found
 
     @cached_property
@@ -85,11 +91,16 @@ class Checkpoint:
 
         if file not in self._open:
             try:
-                opened = self._stack.enter_context(safe_open(file, framework="pt"))
+                opened = safe_open(file, framework="pt").__enter__()
             except (SafetensorError, OSError) as e:
                 raise FormatError(f"{file}: damaged, or not a safetensors file ({e}).") from None
             self._open[file] = opened
         return self._open[file]
+
+    def _close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].__exit__(None, None, None)
+        self._read = 0
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -100,8 +111,7 @@ class Checkpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.clear()
-        self._stack.close()
+        self._close()
 
 
 def holds_checkpoint(path: str | os.PathLike[str]) -> bool:
