@@ -247,3 +247,53 @@ def test_a_file_whose_twin_is_missing_is_refused(tmp_path: Path) -> None:
     assert file.read_text() != text
     with pytest.raises(PlaitError, match="cannot share the pair"):
         plait.read_adapter(tmp_path / "own")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "bert", "gpt2"])
+def test_the_source_says_what_the_model_says(kind: str, tied: bool, tmp_path: Path) -> None:
+    """Sites, orders and ties as the built model has them; GPT-2's layers are not plain."""
+    import transformers
+
+    from plait.compression.source import places_from_source
+    from plait.compression.weights import Places, open_weights, skeleton
+
+    cls = {
+        "llama": transformers.LlamaForCausalLM,
+        "qwen2": transformers.Qwen2ForCausalLM,
+        "bert": transformers.BertModel,
+        "gpt2": transformers.GPT2LMHeadModel,
+    }[kind]
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
+    config = cls.config_class(**small, num_attention_heads=4, tie_word_embeddings=tied)
+    cls(config).save_pretrained(tmp_path)
+    with open_weights(tmp_path, "the base") as weights:
+        told = places_from_source(tmp_path, weights.shapes)
+        if kind == "gpt2":
+            assert told is None
+            return
+        assert told is not None
+        exact = Places(skeleton(tmp_path))
+        for name, shape in weights.shapes.items():
+            ours, theirs = told.sites(name, shape), exact.sites(name, shape)
+            assert [(type(s), s.path, s.shape) for s in ours] == [
+                (type(s), s.path, s.shape) for s in theirs
+            ]
+        if kind != "bert":
+            count = len(told.sites("model.embed_tokens.weight", (40, 16)))
+            assert count == (2 if tied else 1)
+            same = told.key("lm_head.weight") == told.key("model.embed_tokens.weight")
+            assert same == tied
+
+
+def test_a_source_that_leaves_a_tensor_open_is_not_believed(tmp_path: Path) -> None:
+    from plait.compression.source import places_from_source
+    from plait.compression.weights import open_weights
+
+    tiny_model().save_pretrained(tmp_path)
+    with open_weights(tmp_path, "the base") as weights:
+        shapes = dict(weights.shapes)
+    assert places_from_source(tmp_path, shapes) is not None
+    assert places_from_source(tmp_path, shapes | {"model.gate.weight": (4, 4)}) is None
+    assert places_from_source(tmp_path, shapes | {"layers.0.mlp.up_proj.weight": (4, 4)}) is None
+    assert places_from_source(tmp_path / "none", shapes) is None

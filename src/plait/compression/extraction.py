@@ -10,6 +10,7 @@ every place that reads them); norms and biases are no matrices, and are kept as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,9 +24,11 @@ from plait.adapter.build import site_matches
 from plait.adapter.convert import lora_from
 from plait.adapter.replacement import add_parameter
 from plait.compression.ranks import check_cut, choose_ranks, enough
+from plait.compression.source import places_from_source
 from plait.compression.weights import (
     Places,
     Source,
+    Weights,
     canonical,
     open_weights,
     pairs,
@@ -83,11 +86,12 @@ def extract(
     if rank is None and energy is None and budget is None:
         rank = 16
     check_cut(rank, energy, budget)
-    work = _Work(rank, energy, budget, svd, seed)
+    work = _Work(rank, energy, budget, svd, seed, dtype)
     with ExitStack() as stack:
         first = stack.enter_context(open_weights(base, "the base"))
         second = stack.enter_context(open_weights(tuned, "the fine-tune"))
-        places = Places(model or skeleton(base) or skeleton(tuned))
+        told = None if model is not None else places_from_source(base, first.shapes)
+        places = told or Places(model or skeleton(base) or skeleton(tuned))
         todo = pairs(first, second, places)
         for mine, theirs in track(todo, "extracting") if progress else todo:
             old, new = first.read(mine), second.read(theirs)
@@ -95,10 +99,11 @@ def extract(
                 wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
                 change = new.to(wide) - old.to(wide)
                 work.take(mine, change, places.sites(mine, tuple(old.shape)), targets, new.dtype)
-        kept = choose_ranks(work.spectra, work.totals, work.prices, **work.cut)
-        for found in work.found.values():
-            found.truncate(kept[found.key], dtype or work.dtype)
-        _measure(work, first, second, dict(todo))
+        if budget is not None:  # all matrices had to be seen first: what was lost takes a new look
+            kept = choose_ranks(work.spectra, work.totals, work.prices, **work.cut)
+            for mine, found in work.found.items():
+                found.truncate(kept[mine], work.dtype)
+                found.measure(*_changed(found, first, second, mine, dict(todo)[mine]))
     result = _adapter(work, rest, name)
     result.info["extract"] |= {"base": first.label, "tuned": second.label}
     return result
@@ -108,7 +113,6 @@ def extract(
 class _Found:
     """One changed matrix: its sites, its leading triplets, and later what is kept of them."""
 
-    key: str
     sites: list[Site]
     triplets: Triplets
     low: LowRank | None = None
@@ -117,6 +121,13 @@ class _Found:
     def truncate(self, rank: int, dtype: torch.dtype) -> None:
         U, S, Vh = self.triplets
         self.low = LowRank.from_svd(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype)
+
+    def measure(self, change: Tensor, norm: float) -> None:
+        """The error of the factors as they are stored, rounding included; `change` is spent."""
+        assert self.low is not None
+        B, A = (self.low.B * self.low.scale).to(change), self.low.A.to(change)
+        left = change.sub_(B @ A) if change.dim() > 2 else change.addmm_(B, A, alpha=-1)
+        self.error = _norm(left) / norm
 
 
 @dataclass
@@ -128,7 +139,9 @@ class _Work:
     budget: int | None
     svd: Decomposition
     seed: int
-    dtype: torch.dtype = torch.float32
+    asked: torch.dtype | None = None
+    """Of the adapter; None takes that of the first changed matrix."""
+    first: torch.dtype | None = None
     found: dict[str, _Found] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=dict)
@@ -136,6 +149,10 @@ class _Work:
     vectors: dict[str, tuple[Site, Tensor]] = field(default_factory=dict)
     left_out: dict[str, float] = field(default_factory=dict)
     whole: float = 0.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.asked or self.first or torch.float32
 
     @property
     def cut(self) -> dict[str, Any]:
@@ -150,28 +167,31 @@ class _Work:
         dtype: torch.dtype,
     ) -> None:
         """One changed tensor: factored, kept as it is, or left out."""
-        if not torch.isfinite(change).all():
+        norm = _norm(change)
+        if not math.isfinite(norm):
             raise PlaitError(f"{name!r} holds NaN or infinity in the base or in the fine-tune.")
-        square = float(change.double().square().sum())
-        self.whole += square
+        self.whole += norm**2
         wanted = [s for s in sites if not targets or any(site_matches(t, s.path) for t in targets)]
         if not wanted:
-            self.left_out[name] = square**0.5
+            self.left_out[name] = norm
         elif len(wanted[0].shape) < 2:
             self.vectors[name] = (wanted[0], change)
         else:
-            self._factor(name, change, wanted, square)
-            if len(self.found) == 1:
-                self.dtype = dtype
+            self.first = self.first or dtype
+            self._factor(name, canonical(wanted[0], change), wanted, norm)
 
-    def _factor(self, name: str, change: Tensor, sites: list[Site], square: float) -> None:
-        triplets = self._leading(canonical(sites[0], change), square)
+    def _factor(self, name: str, change: Tensor, sites: list[Site], norm: float) -> None:
+        triplets, square = self._leading(change, norm**2), norm**2
         S = triplets[1]
-        self.found[name] = _Found(name, sites, triplets)
+        found = self.found[name] = _Found(sites, triplets)
         self.spectra[name] = S.flatten(0, -2).square().sum(0).sqrt() if S.dim() > 1 else S
         self.totals[name] = square
         packed = int(torch.Size(sites[0].shape[:-2]).numel())
         self.prices[name] = packed * sum(sites[0].shape[-2:]) * len(sites)
+        if self.budget is None:
+            own = {name: self.spectra[name]}, {name: square}, {name: self.prices[name]}
+            found.truncate(choose_ranks(*own, **self.cut)[name], self.dtype)
+            found.measure(change, norm)
 
     def _leading(self, M: Tensor, square: float) -> Triplets:
         """As many triplets as the cut may ask for; for a share the sketch grows until it holds."""
@@ -195,15 +215,18 @@ class _Work:
         return randomized_svd(M, width, seed=self.seed)
 
 
-def _measure(work: _Work, first: Any, second: Any, names: dict[str, str]) -> None:
-    """Each matrix's error as it stands in the adapter, rounding included: read once more."""
-    for name, found in work.found.items():
-        assert found.low is not None
-        old, new = first.read(name), second.read(names[name])
-        wide = torch.promote_types(found.triplets[0].dtype, torch.float32)
-        change = canonical(found.sites[0], new.to(wide) - old.to(wide))
-        left = float((change - found.low.dense(wide)).double().square().sum())
-        found.error = (left / work.totals[name]) ** 0.5
+def _norm(change: Tensor) -> float:
+    """Of all entries, summed in float64."""
+    return float(torch.linalg.vector_norm(change, dtype=torch.float64))
+
+
+def _changed(
+    found: _Found, first: Weights, second: Weights, mine: str, theirs: str
+) -> tuple[Tensor, float]:
+    """The change of one matrix in canonical orientation, read once more, and its norm."""
+    wide = torch.promote_types(found.triplets[0].dtype, torch.float32)
+    change = canonical(found.sites[0], second.read(theirs).to(wide) - first.read(mine).to(wide))
+    return change, _norm(change)
 
 
 def _placed(found: _Found) -> Iterator[tuple[Site, LowRank]]:

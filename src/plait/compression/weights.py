@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,13 @@ def skeleton(source: Source) -> nn.Module | None:
         if cls is not None and hasattr(cls, "_from_config"):
             return cls._from_config(config)
         return transformers.AutoModelForCausalLM.from_config(config)
+
+
+class Keyed(Protocol):
+    """What tells tensors that are one tensor."""
+
+    def key(self, name: str) -> object:
+        """The same for all names of one tied tensor."""
 
 
 class Places:
@@ -131,7 +138,7 @@ def turned(site: Site) -> bool:
     return site.kind != "parameter" and canonical(site, torch.empty(1, 2)).shape == (2, 1)
 
 
-def pairs(base: Weights, tuned: Weights, places: Places) -> list[tuple[str, str]]:
+def pairs(base: Weights, tuned: Weights, places: Keyed) -> list[tuple[str, str]]:
     """(name in the base, name in the tuned model) of each tensor that both have, tied ones once.
 
     Raises PlaitError for a tensor that only one of them has, and for other shapes.
