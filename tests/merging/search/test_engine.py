@@ -62,7 +62,8 @@ def test_a_coefficients_gradient_is_the_inner_product_with_the_dense_one() -> No
     for path, delta in merged.deltas.items():
         plain.get_submodule(path).weight.data += delta.dense()
     squared(plain, data[0]).backward()
-    for path, j in space.member.items():
+    for path, part in space.parts.items():
+        (j,) = part.groups
         dense = plain.get_submodule(path).weight.grad
         expected = [(dense * a.deltas[path].dense()).sum() for a in space.adapters]
         torch.testing.assert_close(gradient[:, j], torch.stack(expected).detach())

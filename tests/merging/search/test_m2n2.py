@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import plait
 from plait.errors import PlaitError
-from plait.merging.search import Coefficients
-from plait.merging.search.methods.m2n2 import crossed, fitness, inner_products, m2n2
+from plait.merging.search import Coefficients, search
+from plait.merging.search.methods.m2n2 import crossed, fitness, inner_products
 
 NAMES = ["one", "two"]
 
@@ -23,6 +23,11 @@ def test_fitness_shares_out_the_examples_that_somebody_solves() -> None:
     twins = torch.cat([alone, alone[:1]])
     assert fitness(alone, 1.0).tolist() == [2.0, 1.0]
     assert fitness(twins, 1.0).tolist() == [1.0, 1.0, 1.0]
+
+
+def places(space: Coefficients) -> list[tuple[str, int]]:
+    """Each site and its one group."""
+    return [(path, part.groups[0]) for path, part in space.parts.items()]
 
 
 def test_a_child_is_the_slerp_of_the_flattened_changes() -> None:
@@ -38,15 +43,12 @@ def test_a_child_is_the_slerp_of_the_flattened_changes() -> None:
                 sum(
                     c[i, j] * m.deltas[path].dense() for i, m in enumerate(space.adapters)
                 ).flatten()
-                for path, j in space.member.items()
+                for path, j in places(space)
             ]
         ).detach()
 
     sizes = torch.cat(
-        [
-            torch.full((space.adapters[0].deltas[p].dense().numel(),), j)
-            for p, j in space.member.items()
-        ]
+        [torch.full((space.adapters[0].deltas[p].dense().numel(),), j) for p, j in places(space)]
     )
     t = torch.where(sizes < cut, w, 1 - w)
     x, y = flat(a), flat(b)
@@ -81,7 +83,7 @@ def score_of(net: nn.Module):
 def test_evolution_beats_its_ancestors_and_resumes(tmp_path) -> None:
     net = network()
     score = score_of(net)
-    found = m2n2(net, NAMES, score, evaluations=60, archive=6, log=tmp_path / "log")
+    found = search(net, NAMES, "m2n2", scores=score, budget=60, archive=6, log=tmp_path / "log")
     ancestors = [-entry["value"] for entry in found.history[:2]]
     assert len(found.history) == 60 and -found.value > max(ancestors)
     found.activate()
@@ -91,13 +93,14 @@ def test_evolution_beats_its_ancestors_and_resumes(tmp_path) -> None:
     def refuse(model: nn.Module) -> Tensor:
         raise AssertionError("everything is known already")
 
-    again = m2n2(net, NAMES, refuse, evaluations=60, archive=6, log=tmp_path / "log")
+    again = search(net, NAMES, "m2n2", scores=refuse, budget=60, archive=6, log=tmp_path / "log")
     assert torch.equal(again.coefficients, found.coefficients)
 
 
 def test_scores_of_nobody_and_wrong_scores() -> None:
     net = network()
-    nothing = m2n2(net, NAMES, lambda model: torch.zeros(4), evaluations=8, archive=3)
+    options = {"evaluations": 8, "archive": 3}
+    nothing = search(net, NAMES, "m2n2", scores=lambda model: torch.zeros(4), **options)
     assert nothing.value == 0 and torch.isfinite(nothing.coefficients).all()
     with pytest.raises(PlaitError, match=r"lie in \[0, 1\]"):
-        m2n2(net, NAMES, lambda model: torch.full((4,), 2.0), evaluations=8)
+        search(net, NAMES, "m2n2", scores=lambda model: torch.full((4,), 2.0), evaluations=8)

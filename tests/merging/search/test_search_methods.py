@@ -9,17 +9,18 @@ from torch import nn
 
 import plait
 from plait.errors import PlaitError
-from plait.merging.search import Coefficients, evaluate, frank_wolfe, supervised
-from plait.merging.search.method import get_search_method, search_method_names
-from plait.merging.search.methods.adamerging import adamerging
-from plait.merging.search.methods.expert_merging import (
-    by_importance,
-    expert_merging,
-    importance,
+from plait.merging.search import (
+    WANTS,
+    Coefficients,
+    evaluate,
+    frank_wolfe,
+    get_search_method,
+    make_search,
+    search,
+    search_method_names,
+    supervised,
 )
-from plait.merging.search.methods.fw_merging import fw_merging
-from plait.merging.search.methods.lora_soups import lora_soups
-from plait.merging.search.methods.lorahub import lorahub
+from plait.merging.search.methods.expert_merging import by_importance, importance
 
 NAMES = ["one", "two"]
 
@@ -27,16 +28,17 @@ NAMES = ["one", "two"]
 @pytest.mark.parametrize("name", search_method_names())
 def test_every_file_ends_in_its_record(name: str) -> None:
     method = get_search_method(name)
-    assert method.name == name and method.paper and callable(method.run)
+    assert method.name == name and method.paper
+    assert make_search(method, {}).wants in WANTS
 
 
 def test_adamerging_starts_at_task_arithmetic_and_grows_sure() -> None:
     net = network()
-    tasks = [[{"x": inputs(1)}], [{"x": inputs(2)}]]
-    found = adamerging(net, NAMES, tasks, steps=8, lr=0.05)
+    tasks = {"a": [{"x": inputs(1)}], "b": [{"x": inputs(2)}]}
+    found = search(net, NAMES, "adamerging", tasks, steps=8, lr=0.05)
     assert found.history[0]["point"] == [[0.3] * 3] * 2
     assert found.value < found.history[0]["value"] - 0.01
-    tied = adamerging(net, NAMES, tasks, steps=1, grouping="adapter", clamp=True)
+    tied = search(net, NAMES, "adamerging", tasks, steps=1, grouping="adapter", clamp=True)
     layers = torch.tensor(found.history[0]["gradient"]).sum(1)
     torch.testing.assert_close(torch.tensor(tied.history[0]["gradient"])[:, 0], layers)
 
@@ -46,7 +48,8 @@ def test_lorahub_lowers_the_few_shot_loss_within_its_evaluations(optimizer: str)
     net = network(("one", "two", "three"))
     data = planted(net, {"one": 0.7, "two": 0.25})[:1]
     names = ["one", "two", "three"]
-    found = lorahub(net, names, data, squared, optimizer=optimizer, evaluations=30, l1=0.01)
+    options = {"optimizer": optimizer, "evaluations": 30, "l1": 0.01}
+    found = search(net, names, "lorahub", data, loss=squared, **options)
     assert found.history[0]["point"] == [[0.0]] * 3 and len(found.history) == 30
     assert found.value == min(e["value"] for e in found.history) < found.history[0]["value"]
     loss = evaluate(found.space, supervised(data, squared), found.coefficients)
@@ -57,11 +60,13 @@ def test_lorahub_lowers_the_few_shot_loss_within_its_evaluations(optimizer: str)
 def test_lora_soups_learn_weights_that_add_up_to_one() -> None:
     net = network()
     data = planted(net, {"one": 0.8, "two": 0.2})
-    found = lora_soups(net, NAMES, data, squared, lr=0.1, steps=40, grouping="adapter")
+    options = {"lr": 0.1, "steps": 40, "grouping": "adapter"}
+    found = search(net, NAMES, "lora-soups", data, loss=squared, **options)
     assert found.history[0]["point"][0] == found.history[0]["point"][1]
     torch.testing.assert_close(found.coefficients.sum(0), torch.ones(1, dtype=torch.float64))
     assert found.coefficients.flatten().tolist() == pytest.approx([0.8, 0.2], abs=0.05)
-    assert len(lora_soups(net, NAMES, data, squared).history) == len(data) + 1
+    once = search(net, NAMES, "lora-soups", data, loss=squared)
+    assert len(once.history) == len(data) + 1
 
 
 # -- Frank-Wolfe --------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ def test_frank_wolfe_nears_the_optimum_and_its_gap_bounds_the_error() -> None:
 
 def test_the_first_step_jumps_to_the_picked_adapter() -> None:
     net, loss = convex(("a", "b"), {"b": 1.0})
-    found = fw_merging(net, ["a", "b"], loss, steps=1)
+    found = search(net, ["a", "b"], "fw-merging", objective=loss, steps=1)
     assert found.coefficients.flatten().tolist() == [0.0, 1.0] and found.value < 1e-20
     assert found.history[0]["picked"] == ["b"]
 
@@ -111,13 +116,13 @@ def test_the_first_step_jumps_to_the_picked_adapter() -> None:
 def test_a_copy_in_the_pool_or_an_empty_adapter_in_the_pool_changes_nothing() -> None:
     wanted = {"a": 0.6, "b": 0.4}
     net, loss = convex(("a", "b"), wanted)
-    alone = fw_merging(net, ["a", "b"], loss, steps=12)
+    alone = search(net, ["a", "b"], "fw-merging", objective=loss, steps=12)
     twin = plait.attach(net, "lora", name="copy", rank=2, targets="all-linear")
     twin.load_state_dict(plait.adapters(net)["a"].state_dict())
     zero = plait.attach(net, "lora", name="zero", rank=2, targets="all-linear")
     for p in (*twin.parameters(), *zero.parameters()):
         p.data = p.data.double()
-    more = fw_merging(net, ["a", "b", "copy", "zero"], loss, steps=12)
+    more = search(net, ["a", "b", "copy", "zero"], "fw-merging", objective=loss, steps=12)
     torch.testing.assert_close(more.coefficients[:2], alone.coefficients)
     assert not more.coefficients[2:].any()
 
@@ -126,11 +131,12 @@ def test_groups_pick_for_themselves() -> None:
     net = network()
     sites = list(plait.adapters(net)["one"].deltas)
     loss = supervised(planted(net, {"one": {p: float("0" in p) for p in sites}})[:1], squared)
-    found = fw_merging(net, NAMES, loss, grouping="layer", oracle="group", steps=6)
+    options = {"grouping": "layer", "oracle": "group", "steps": 6}
+    found = search(net, NAMES, "fw-merging", objective=loss, **options)
     assert all(len(e["picked"]) == 3 for e in found.history)
     assert found.value < found.history[0]["value"]
     with pytest.raises(PlaitError, match="step_size"):
-        fw_merging(net, NAMES, loss, step_size=2.0)
+        search(net, NAMES, "fw-merging", objective=loss, step_size=2.0)
 
 
 # -- imitation ----------------------------------------------------------------------------------
@@ -139,8 +145,10 @@ def test_groups_pick_for_themselves() -> None:
 def test_a_single_expert_is_imitated_down_to_its_own_entropy() -> None:
     net = network()
     data = {"one": [{"x": inputs(3)}]}
-    found = expert_merging(
+    found = search(
         net,
+        ["one"],
+        "expert-merging",
         data,
         grouping="adapter",
         form="free",
@@ -160,36 +168,27 @@ def test_a_single_expert_is_imitated_down_to_its_own_entropy() -> None:
 def test_two_experts_are_met_halfway_and_the_penalty_holds_back() -> None:
     net = network()
     data = {"one": [{"x": inputs(3)}], "two": [{"x": inputs(4)}]}
-    found = expert_merging(net, data, steps=15)
+    found = search(net, NAMES, "expert-merging", data, steps=15)
     assert found.space.shape == (2, 5)
     assert found.value < found.history[0]["value"]
     assert float(found.coefficients.min()) > 0 and float(found.coefficients.max()) < 1
-    held = expert_merging(net, data, steps=15, beta=100.0)
+    held = search(net, NAMES, "expert-merging", data, steps=15, beta=100.0)
     assert (held.coefficients - 0.1).abs().max() < (found.coefficients - 0.1).abs().max()
 
 
-def test_importance_decides_how_finely_coefficients_are_shared() -> None:
+def test_importance_is_the_papers_three_factors_on_dense_matrices() -> None:
     net = network()
     data = {"one": [{"x": inputs(3)}], "two": [{"x": inputs(4)}]}
-    first = expert_merging(net, data, steps=2)
-    sizes = importance(first)
-    path = "layers.1.down"
-    expected = sum(
-        first.weights()[i][path] * float(a.deltas[path].dense().detach().norm()) / 96**0.5 / 2
-        for i, a in enumerate(first.space.adapters)
-    )
-    unit = max(
-        sum(
-            first.weights()[i][p]
-            * float(a.deltas[p].dense().detach().norm())
-            / a.deltas[p].dense().numel() ** 0.5
-            / 2
-            for i, a in enumerate(first.space.adapters)
-        )
-        for p in sizes
-    )
-    assert sizes[path] == pytest.approx(expected / unit, rel=1e-5)
-    second = expert_merging(net, data, steps=1, grouping=by_importance(sizes, own=1.0))
-    assert 3 <= second.space.shape[1] <= 4
-    every = expert_merging(net, data, steps=1, grouping=by_importance(sizes, own=0.0))
-    assert every.space.shape[1] == 5
+    first = search(net, NAMES, "expert-merging", data, steps=2)
+    weights, expected = first.weights(), {}
+    for path in first.space.parts:
+        for i, adapter in enumerate(first.space.adapters):
+            dense = adapter.deltas[path].dense().detach()
+            size = weights[i][path] * float(dense.square().mean().sqrt())
+            expected[path] = expected.get(path, 0.0) + size / 2
+    most = max(expected.values())
+    found = importance(first)
+    assert found == pytest.approx({path: e / most for path, e in expected.items()}, rel=1e-5)
+    pieces = by_importance(found, 4)
+    assert max(pieces.values()) == 4 and min(pieces.values()) >= 1
+    assert by_importance({"a": 1.0, "b": 0.1, "c": 0.6}, 4, 0) == {"a": 4, "b": 0, "c": 2}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.adapter.site import first_input
-from plait.errors import PlaitError
+from plait.errors import PlaitError, unknown
 from plait.merging.search.objectives import Batch, Logits, Objective, Picked, predictions
 from plait.statistics.frozen import frozen
 
@@ -81,6 +81,8 @@ def _answers(
         for batch in batches:
             with _outputs(model, hidden) as seen:
                 answer = predictions(model, batch, task, logits).to("cpu")
+            if silent := [path for path in hidden if path not in seen]:
+                raise PlaitError(f"alignment: {silent[0]!r} does not run, so it has no output.")
             found.append(_Known(batch, task, answer, {p: h.to("cpu") for p, h in seen.items()}))
     return found
 
@@ -100,6 +102,10 @@ def _gap(model: nn.Module, one: _Known, logits: Logits | None, T: float, weight:
 def _outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """What these modules return in a forward within the block."""
     seen: dict[str, Tensor] = {}
+    known = dict(model.named_modules())
+    for path in paths:
+        if path not in known:
+            raise unknown("module", path, known, where="the model")
 
     def hook(path: str) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -107,7 +113,7 @@ def _outputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tenso
 
         return keep
 
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    handles = [known[path].register_forward_hook(hook(path)) for path in paths]
     try:
         yield seen
     finally:

@@ -4,25 +4,26 @@
 
 The adapters stay attached and active; their weights are entries of c, gradients included, so a
 search costs the adapters' own forward (2 k r (in + out) a token and site) and holds k x g numbers.
+Where a site has chunks, its weight is a column [out, 1] (or row [1, in]) made of their c: the rows
+of B (the columns of A) are scaled on the way, which is r out (r in) more products a pass.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from plait.adapter import activate, adapters
+from plait.adapter.weighting import Weight
 from plait.errors import PlaitError, unknown
+from plait.merging.search.groups import Along, Chunks, Grouping, parts_of
 from plait.statistics.frozen import frozen
 
-Grouping = Literal["adapter", "layer", "site"]
 Form = Literal["free", "softmax", "sigmoid"]
-_LAYER = re.compile(r"^(.*?(?:^|\.)\d+)(?:\.|$)")
 
 
 class Coefficients:
@@ -33,6 +34,8 @@ class Coefficients:
         names: of the k adapters.
         grouping: sites that share a coefficient: all of an adapter's, a layer's (the path up to its
             first number), none, or those for which a function of the path gives the same name.
+        chunks, along: pieces of a site's rows or columns with coefficients of their own (see
+            `plait.merging.search.groups`); more than there are gives one to each.
         form: c = z ("free"), softmax of z over the adapters, or sigmoid of z.
         start: c at the start, a number or [k] or [k, g]; None is 1 / k.
         bounds: (least, greatest) c of form "free"; steps are projected onto them.
@@ -44,6 +47,8 @@ class Coefficients:
         names: Sequence[str],
         *,
         grouping: Grouping | Callable[[str], str] = "adapter",
+        chunks: Chunks = 1,
+        along: Along = "rows",
         form: Form = "free",
         start: float | Sequence[float] | Tensor | None = None,
         bounds: tuple[float, float] | None = None,
@@ -60,12 +65,16 @@ class Coefficients:
                 raise unknown("adapter", name, known)
         self.model, self.names, self.form, self.bounds = model, list(names), form, bounds
         self.adapters = [known[name] for name in names]
-        grouped = _grouping(grouping)
-        paths = dict.fromkeys(path for a in self.adapters for path in a.deltas)
-        self.groups = list(dict.fromkeys(grouped(path) for path in paths))
-        self.member = {path: self.groups.index(grouped(path)) for path in paths}
+        self.groups, self.parts = parts_of(self.adapters, grouping, chunks, along)
+        if not self.groups:
+            raise PlaitError("there is nothing to search: every site is held at the start.")
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.start = self.raw_of(self._filled(1 / len(names) if start is None else start))
+        first = self._filled(1 / len(names) if start is None else start)
+        self.held: list[float] = first[:, 0].tolist()
+        """Coefficients of sites that have none in the search."""
+        if bool((first != first[:, :1]).any()) and not all(p.groups for p in self.parts.values()):
+            raise PlaitError("with sites held at the start, start is a number or one an adapter.")
+        self.start = self.raw_of(first)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -106,6 +115,10 @@ class Coefficients:
         """z brought back within the bounds."""
         return raw if self.bounds is None else raw.clamp(*self.bounds)
 
+    def alone(self, index: int) -> Tensor:
+        """The coefficients of that adapter and no other."""
+        return torch.eye(len(self.names), dtype=torch.float64)[index, :, None].expand(self.shape)
+
     # -- on the model ----------------------------------------------------------------------------
 
     @contextmanager
@@ -116,22 +129,29 @@ class Coefficients:
 
     def use(self, coefficients: Tensor) -> None:
         """Activate the adapters with these coefficients [k, g], with their gradients if any."""
-        if coefficients.requires_grad:
-            here = coefficients.to(self.device)
-            rows = [[here[i, j] for j in range(self.shape[1])] for i in range(self.shape[0])]
-        else:
-            rows = coefficients.tolist()
-        activate(self.model, dict(zip(self.names, self._by_site(rows), strict=True)))
+        activate(self.model, dict(zip(self.names, self.weights(coefficients), strict=True)))
 
-    def weights(self, coefficients: Tensor) -> list[dict[str, float]]:
-        """What `plait.merge` takes as weights, one mapping for each adapter."""
-        return self._by_site(coefficients.detach().tolist())
-
-    def _by_site(self, rows: Sequence[Sequence[float | Tensor]]) -> list[dict]:
+    def weights(self, coefficients: Tensor) -> list[dict[str, Weight]]:
+        """{site path: weight} for each adapter, as `plait.activate` takes it."""
+        here = coefficients.to(self.device)
+        # One by one: an entry is taken once a group, not once a site.
+        rows: list[Any] = here.tolist()
+        if here.requires_grad:
+            rows = [row.unbind() for row in here.unbind()]
         return [
-            {path: row[self.member[path]] for path in adapter.deltas}
-            for adapter, row in zip(self.adapters, rows, strict=True)
+            {path: self.parts[path].weight(row, values, held) for path in adapter.deltas}
+            for adapter, row, values, held in zip(self.adapters, rows, here, self.held, strict=True)
         ]
+
+    def described_weights(self, coefficients: Tensor) -> dict[str, dict[str, Any]]:
+        """{name: {site path: weight}} as plain data (see `plait.merging.search.stored`)."""
+        rows = coefficients.detach().tolist()
+        return {
+            name: {path: self.parts[path].described(row, held) for path in adapter.deltas}
+            for name, adapter, row, held in zip(
+                self.names, self.adapters, rows, self.held, strict=True
+            )
+        }
 
     def described(self) -> dict:
         """What makes a search this one and no other, as a log remembers it."""
@@ -142,17 +162,3 @@ class Coefficients:
             "bounds": self.bounds and list(self.bounds),
             "start": self.start.tolist(),
         }
-
-
-def _grouping(grouping: Grouping | Callable[[str], str]) -> Callable[[str], str]:
-    if callable(grouping):
-        return grouping
-    if grouping not in get_args(Grouping):
-        raise unknown("grouping", grouping, get_args(Grouping))
-    return {"adapter": lambda path: "all", "layer": layer_of, "site": lambda path: path}[grouping]
-
-
-def layer_of(path: str) -> str:
-    """The path up to its first number ("model.layers.3"); one without a number is its own layer."""
-    found = _LAYER.match(path)
-    return found.group(1) if found else path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -14,7 +13,8 @@ from plait.errors import PlaitError, unknown
 from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found, Penalty
 from plait.merging.search.objectives import Objective
-from plait.merging.search.trials import open_trials
+from plait.merging.search.packages import require
+from plait.merging.search.trials import Place, as_log
 
 Optimizer = Literal["nelder-mead", "cma", "random"]
 Ask = Callable[[Any], float]
@@ -33,30 +33,24 @@ def minimise(
     spread: float = 0.5,
     penalty: Penalty | None = None,
     seed: int = 0,
-    log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    log: Place = None,
 ) -> Found:
     """The best of at most `evaluations` points, the start among them.
 
     Args:
         objective: called with step 0 every time, since values at several points are compared.
-        optimizer: "nelder-mead" (needs scipy; up to about ten numbers), "cma" (needs the package
-            `cma`; two numbers at least) or "random" (uniform within the bounds, or normal around
-            the start).
+        optimizer: "nelder-mead" (up to about ten numbers), "cma" (two numbers at least) or "random"
+            (uniform within the bounds, or normal around the start); the first two are of the extra
+            `search`.
         spread: edge of the first simplex, or standard deviation of the first points.
 
     The rest as for `descend`. Raises PlaitError for a package that is not installed.
     """
-    if optimizer not in get_args(Optimizer):
-        raise unknown("optimizer", optimizer, get_args(Optimizer))
+    require(*packages_of(optimizer))
     search = space.described() | {"search": optimizer, "spread": spread, "seed": seed}
     run = {"nelder-mead": _nelder_mead, "cma": _cma, "random": _random}[optimizer]
-    label = "coefficients"
-    with (
-        space.searching(),
-        torch.no_grad(),
-        open_trials(log, search, evaluations, label, progress) as trials,
-    ):
+    trace = as_log(log).open(search, evaluations, "coefficients")
+    with space.searching(), torch.no_grad(), trace as trials:
 
         def value(point: Any) -> float:
             if len(trials.history) >= evaluations:
@@ -79,11 +73,16 @@ def minimise(
     return Found(space, space.values(point), best["value"], trials.history)
 
 
+def packages_of(optimizer: Optimizer) -> tuple[str, ...]:
+    """What the optimizer needs beside torch; an error names the nearest for an unknown one."""
+    if optimizer not in get_args(Optimizer):
+        raise unknown("optimizer", optimizer, get_args(Optimizer))
+    return {"nelder-mead": ("scipy",), "cma": ("cma",), "random": ()}[optimizer]
+
+
 def _nelder_mead(ask: Ask, space: Coefficients, count: int, spread: float, seed: int) -> None:
-    try:
-        from scipy.optimize import minimize
-    except ImportError as error:
-        raise PlaitError("nelder-mead needs scipy: pip install scipy.") from error
+    from scipy.optimize import minimize
+
     start = space.start.flatten()
     corners = start.repeat(len(start) + 1, 1)
     corners[1:] += spread * torch.eye(len(start), dtype=start.dtype)
@@ -99,10 +98,8 @@ def _nelder_mead(ask: Ask, space: Coefficients, count: int, spread: float, seed:
 
 
 def _cma(ask: Ask, space: Coefficients, count: int, spread: float, seed: int) -> None:
-    try:
-        import cma
-    except ImportError as error:
-        raise PlaitError("optimizer 'cma' needs the package cma: pip install cma.") from error
+    import cma
+
     start = space.start.flatten()
     if len(start) < 2:
         raise PlaitError("cma searches two numbers at least; use 'nelder-mead' for one.")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from plait.adapter import Adapter
+from plait.adapter.weighting import Weight
 from plait.merging.driver import merge
 from plait.merging.search.coefficients import Coefficients
+from plait.merging.search.stored import fold, write_coefficients
+
+if TYPE_CHECKING:
+    from plait.merging.search.front import Front
 
 Penalty = Callable[[Tensor], Tensor]
 """Of the coefficients [k, g]: a scalar added to the objective."""
@@ -26,10 +33,12 @@ class Found:
     history: list[dict[str, Any]] = field(repr=False)
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
     """More that a method found."""
+    front: Front | None = field(default=None, repr=False)
+    """All of several tasks' compromises, of which this is one."""
 
-    def weights(self) -> list[dict[str, float]]:
+    def weights(self) -> list[dict[str, Weight]]:
         """{site path: weight} for each adapter."""
-        return self.space.weights(self.coefficients)
+        return self.space.weights(self.coefficients.detach())
 
     def activate(self) -> None:
         """Run the model with these coefficients, adapters unmerged."""
@@ -39,6 +48,9 @@ class Found:
         self, name: str = "merged", rank: int | None = None, energy: float | None = None
     ) -> Adapter:
         """One plain LoRA of the same outputs (rank: the sum of the ranks, unless it is cut)."""
-        return merge(
-            self.space.adapters, weights=self.weights(), name=name, rank=rank, energy=energy
-        )
+        inputs, weights = fold(self.space.adapters, self.weights())
+        return merge(inputs, weights=weights, name=name, rank=rank, energy=energy)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the coefficients, as `read_coefficients` and `plait merge --weights` take them."""
+        return write_coefficients(path, self.space.described_weights(self.coefficients))

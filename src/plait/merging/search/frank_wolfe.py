@@ -9,7 +9,6 @@ c stays in the convex hull of the adapters (times `scale`); those that do not he
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
 from plait.merging.search.gradient import value_and_gradient
 from plait.merging.search.objectives import Objective
-from plait.merging.search.trials import open_trials
+from plait.merging.search.trials import Place, as_log
 
 Oracle = Literal["whole", "group"]
 
@@ -35,8 +34,7 @@ def frank_wolfe(
     scale: float = 1.0,
     oracle: Oracle = "whole",
     base: bool = True,
-    log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    log: Place = None,
 ) -> Found:
     """`steps` steps over the hull; `space` must be of form "free", and starts at its start.
 
@@ -55,7 +53,8 @@ def frank_wolfe(
     c = space.start.clone()
     search = space.described() | {"search": "frank-wolfe", "step_size": step_size, "scale": scale}
     search |= {"oracle": oracle, "base": base}
-    with space.searching(), open_trials(log, search, steps + 1, "frank-wolfe", progress) as trials:
+    trace = as_log(log).open(search, steps + 1, "frank-wolfe")
+    with space.searching(), trace as trials:
         for step in range(steps + 1):
             at = c.clone()
             entry = trials(at, partial(_ask, space, objective, at, step))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from plait.errors import PlaitError
 from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found, Penalty
 from plait.merging.search.objectives import Objective
-from plait.merging.search.trials import open_trials
+from plait.merging.search.trials import Place, as_log
 
 Keep = Literal["last", "best"]
 
@@ -28,8 +27,7 @@ def descend(
     clip: float | None = None,
     penalty: Penalty | None = None,
     keep: Keep = "last",
-    log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    log: Place = None,
 ) -> Found:
     """Adam on the raw numbers of `space`; only they learn.
 
@@ -39,7 +37,7 @@ def descend(
         penalty: of the coefficients, added to the objective.
         keep: the last coefficients, or those of the least value seen (for objectives that see the
             same data at every step).
-        log: a file that the search goes on from when it was killed.
+        log: a file that the search goes on from when it was killed, or a `Log`.
     """
     if steps < 1 or lr <= 0:
         raise PlaitError(f"descend: steps ({steps}) and lr ({lr}) must be greater than 0.")
@@ -48,7 +46,8 @@ def descend(
     steady: Any = kind([raw], lr=lr)
     search = space.described() | {"search": "descend", "lr": lr, "optimizer": optimizer}
     best: tuple[float, Tensor] | None = None
-    with space.searching(), open_trials(log, search, steps + 1, "coefficients", progress) as trials:
+    trace = as_log(log).open(search, steps + 1, "coefficients")
+    with space.searching(), trace as trials:
         for step in range(steps + 1):
             at = raw.detach().clone()
             entry = trials(at, partial(_ask, space, objective, at, step, penalty))

@@ -1,15 +1,49 @@
-"""What a search method's record is, and finding methods by listing their folder."""
+"""What a search method is, and finding methods by listing their folder.
+
+    Problem (adapters on a model, what is known of the tasks) ──► Search.find ──► Found
+
+A method is a dataclass of its options; what it must know of the tasks it says in `wants`.
+"""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
-from plait.errors import PlaitError, unknown
+from plait.errors import PlaitError
+from plait.merging.records import Folder, make_options
+from plait.merging.search.found import Found
+from plait.merging.search.problem import Problem, Wants
+
+Self = TypeVar("Self", bound="Search")
+
+
+class Search:
+    """One way to search. Subclasses are dataclasses whose fields are the options."""
+
+    wants: Wants = "loss"
+    """What it must know of the tasks (see `plait.merging.search.problem`)."""
+    gradient: bool = False
+    """Whether it follows gradients, which what it lowers must then have."""
+    packages: tuple[str, ...] = ()
+    """Those of the extra `search` that it needs with these options."""
+
+    def find(self, problem: Problem) -> Found:
+        raise NotImplementedError
+
+    def within(self: Self, evaluations: int) -> Self:
+        """The same search with so many evaluations (a value with its gradient counts as one)."""
+        least, names = 2, {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        if evaluations < least:
+            raise PlaitError(
+                f"a budget of {evaluations} evaluations is too small; at least {least}."
+            )
+        spent = (
+            {"evaluations": evaluations} if "evaluations" in names else {"steps": evaluations - 1}
+        )
+        return dataclasses.replace(self, **spent)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -19,28 +53,27 @@ class SearchMethod:
     name: str
     title: str
     paper: str
-    run: Callable[..., Any]
-    """`run(model, names, ...)`; the rest is the method's own."""
+    search: type[Search]
 
 
-@cache
-def _files() -> dict[str, str]:
-    package = importlib.import_module("plait.merging.search.methods")
-    names = [i.name for i in pkgutil.iter_modules(package.__path__) if not i.name.startswith("_")]
-    return {name.replace("_", "-"): f"{package.__name__}.{name}" for name in names}
+FOLDER = Folder("plait.merging.search.methods", SearchMethod, "search method")
 
 
 def search_method_names() -> list[str]:
     """Every search method's name, sorted."""
-    return sorted(_files())
+    return FOLDER.names()
 
 
 def get_search_method(name: str) -> SearchMethod:
-    """The search method of that name; an error names the nearest."""
-    key = name.lower().replace("_", "-")
-    if key not in _files():
-        raise unknown("search method", name, _files())
-    method = getattr(importlib.import_module(_files()[key]), "METHOD", None)
-    if not isinstance(method, SearchMethod) or method.name != key:
-        raise PlaitError(f"{_files()[key]} must end in a METHOD record named {key!r}.")
-    return method
+    """The search method of that name (underscores count as hyphens); an error names the nearest."""
+    return FOLDER.get(name)
+
+
+def make_search(method: SearchMethod, given: Mapping[str, Any]) -> Search:
+    """The method with its options, `given` over the defaults; an unknown one names the nearest."""
+    import inspect
+
+    from plait.merging.search.driver import search
+
+    taken = inspect.signature(search).parameters
+    return make_options(f"search method {method.name!r}", method.search, given, taken)

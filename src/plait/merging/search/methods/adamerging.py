@@ -11,50 +11,46 @@ Paper: Yang et al., 2023, arXiv 2310.02575. Adapters stay in eval mode, without 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-from torch import nn
-
-from plait.merging.search.coefficients import Coefficients, Grouping
+from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
 from plait.merging.search.gradient import descend
-from plait.merging.search.method import SearchMethod
-from plait.merging.search.objectives import Batch, Logits, entropy
+from plait.merging.search.groups import Grouping
+from plait.merging.search.method import Search, SearchMethod
+from plait.merging.search.objectives import entropy
+from plait.merging.search.problem import Problem
 
 
-def adamerging(
-    model: nn.Module,
-    names: Sequence[str],
-    tasks: Sequence[Sequence[Batch]],
-    logits: Logits | None = None,
-    *,
-    grouping: Grouping = "layer",
-    start: float = 0.3,
-    clamp: bool = False,
-    lr: float = 1e-3,
-    steps: int = 500,
-    seed: int = 0,
-    log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-) -> Found:
-    """Coefficients of these attached adapters; `tasks` are lists of unlabelled batches.
+@dataclass
+class AdaMerging(Search):
+    grouping: Grouping = "layer"
+    """What shares a coefficient: "adapter" (the paper's task-wise), "layer" (its layer-wise) or
+    "site"."""
+    start: float = 0.3
+    """Coefficient of every adapter at the start (paper: 0.3)."""
+    clamp: bool = False
+    """Keep coefficients in [0, 1] (the paper does not)."""
+    lr: float = 1e-3
+    """Adam's learning rate (paper: 1e-3)."""
+    steps: int = 500
+    """Gradient steps (paper: 500)."""
 
-    Args:
-        logits: `logits(model, batch, task)`, for models with a head for each task.
-        grouping: "adapter" (the paper's task-wise), "layer" (its layer-wise) or "site".
-        clamp: keep coefficients in [0, 1].
-        start, lr, steps: the paper's 0.3, 1e-3 and 500.
-    """
-    bounds = (0.0, 1.0) if clamp else None
-    space = Coefficients(model, names, grouping=grouping, start=start, bounds=bounds)
-    objective = entropy(tasks, logits, seed=seed)
-    return descend(space, objective, steps=steps, lr=lr, log=log, progress=progress)
+    wants = "inputs"
+    gradient = True
+
+    def find(self, problem: Problem) -> Found:
+        bounds = (0.0, 1.0) if self.clamp else None
+        space = Coefficients(
+            problem.model, problem.names, grouping=self.grouping, start=self.start, bounds=bounds
+        )
+        objective = entropy(problem.inputs(), problem.logits, seed=problem.seed)
+        return descend(space, objective, steps=self.steps, lr=self.lr, log=problem.log)
 
 
 METHOD = SearchMethod(
     name="adamerging",
     title="AdaMerging: coefficients of least entropy on unlabelled data",
     paper="Yang et al., 2023, arXiv 2310.02575",
-    run=adamerging,
+    search=AdaMerging,
 )

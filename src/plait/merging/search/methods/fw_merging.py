@@ -12,60 +12,66 @@ changes, where the released code takes cosines of whole checkpoints, base includ
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import nn
-
-from plait.merging.search.coefficients import Coefficients, Grouping
+from plait.errors import unknown
+from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
 from plait.merging.search.frank_wolfe import Oracle, frank_wolfe
-from plait.merging.search.method import SearchMethod
-from plait.merging.search.objectives import Objective
+from plait.merging.search.groups import Grouping
+from plait.merging.search.method import Search, SearchMethod
+from plait.merging.search.objectives import entropy
+from plait.merging.search.problem import Problem
 
 
-def fw_merging(
-    model: nn.Module,
-    names: Sequence[str],
-    objective: Objective,
-    *,
-    steps: int = 10,
-    step_size: float = 1.0,
-    scale: float = 1.0,
-    oracle: Oracle = "whole",
-    grouping: Grouping = "adapter",
-    start: float = 0.0,
-    base: bool = True,
-    log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-) -> Found:
-    """Coefficients in the hull of these attached adapters, times `scale`.
+@dataclass
+class FwMerging(Search):
+    steps: int = 10
+    """Steps, each towards one adapter (paper: 10)."""
+    step_size: float = 1.0
+    """Share of the classical step (paper: 1 for language models, 0.1 for vision)."""
+    scale: float = 1.0
+    """Factor on the hull, task arithmetic's lambda."""
+    oracle: Oracle = "whole"
+    """"whole": one adapter a step; "group": one for each group, with grouping "layer" or "site"."""
+    grouping: Grouping = "adapter"
+    """What shares a coefficient: "adapter", "layer" or "site"."""
+    start: float = 0.0
+    """Coefficient of every adapter at the start; 0 is the base, 1 / k the mean."""
+    base: bool = True
+    """Whether the base itself is in the pool."""
+    lowers: Literal["loss", "entropy"] = "loss"
+    """"loss" of labelled rows, or "entropy" of the answers to unlabelled ones."""
 
-    Args:
-        objective: `supervised(batches)` with labels, `entropy(tasks)` without, or any other.
-        step_size: the paper's 1 for language models, 0.1 for vision.
-        oracle: "whole": one adapter a step; "group": one for each group, with grouping "layer" or
-            "site".
-        start: coefficient of every adapter at the start; 0 is the base, 1 / k the mean.
-        base: whether the base itself is in the pool.
-    """
-    space = Coefficients(model, names, grouping=grouping, start=start)
-    return frank_wolfe(
-        space,
-        objective,
-        steps=steps,
-        step_size=step_size,
-        scale=scale,
-        oracle=oracle,
-        base=base,
-        log=log,
-        progress=progress,
-    )
+    gradient = True
+
+    def __post_init__(self) -> None:
+        if self.lowers not in ("loss", "entropy"):
+            raise unknown("option value", self.lowers, ("loss", "entropy"))
+        self.wants = "loss" if self.lowers == "loss" else "inputs"
+
+    def find(self, problem: Problem) -> Found:
+        objective = (
+            problem.lowered()
+            if self.lowers == "loss"
+            else entropy(problem.inputs(), problem.logits, seed=problem.seed)
+        )
+        return frank_wolfe(
+            Coefficients(problem.model, problem.names, grouping=self.grouping, start=self.start),
+            objective,
+            steps=self.steps,
+            step_size=self.step_size,
+            scale=self.scale,
+            oracle=self.oracle,
+            base=self.base,
+            log=problem.log,
+        )
 
 
 METHOD = SearchMethod(
     name="fw-merging",
     title="FW-Merging: Frank-Wolfe over a pool of adapters",
     paper="Chen et al., 2025, arXiv 2503.12649",
-    run=fw_merging,
+    search=FwMerging,
 )

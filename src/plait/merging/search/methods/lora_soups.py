@@ -9,51 +9,46 @@ Paper: Prabhakar et al., 2024, arXiv 2410.13025 (AdamW at 1e-4, one pass over 10
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
-from plait.merging.search.coefficients import Coefficients, Grouping
+from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
 from plait.merging.search.gradient import descend
-from plait.merging.search.method import SearchMethod
-from plait.merging.search.objectives import Batch, supervised
-from plait.statistics.gradients import Loss
+from plait.merging.search.groups import Grouping
+from plait.merging.search.method import Search, SearchMethod
+from plait.merging.search.problem import Problem
 
 
-def lora_soups(
-    model: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[Batch],
-    loss: Loss | None = None,
-    *,
-    form: Literal["softmax", "free"] = "softmax",
-    grouping: Grouping = "layer",
-    lr: float = 1e-4,
-    steps: int | None = None,
-    seed: int = 0,
-    log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-) -> Found:
-    """Weights of these attached adapters; `batches` are labelled, one a step, shuffled.
+@dataclass
+class LoraSoups(Search):
+    form: Literal["softmax", "free"] = "softmax"
+    """"softmax" (the released code's: weights add up to 1) or "free" (the paper's text)."""
+    grouping: Grouping = "layer"
+    """What shares a weight: "adapter", "layer" (the paper's) or "site"."""
+    lr: float = 1e-4
+    """AdamW's learning rate (paper: 1e-4)."""
+    steps: int | None = None
+    """Gradient steps of one batch each, shuffled; None is one pass over the data (the paper's)."""
 
-    Args:
-        form: "softmax" (the released code's: weights add up to 1) or "free" (the paper's text).
-        steps: None is one pass over the batches.
-    """
-    space = Coefficients(model, names, grouping=grouping, form=form)
-    objective = supervised(batches, loss, each=1, seed=seed)
-    count = len(batches) if steps is None else steps
-    return descend(
-        space, objective, steps=count, lr=lr, optimizer="adamw", log=log, progress=progress
-    )
+    gradient = True
+
+    def find(self, problem: Problem) -> Found:
+        space = Coefficients(problem.model, problem.names, grouping=self.grouping, form=self.form)
+        count = sum(map(len, problem.tasks.values())) if self.steps is None else self.steps
+        return descend(
+            space,
+            problem.lowered(each=1),
+            steps=count,
+            lr=self.lr,
+            optimizer="adamw",
+            log=problem.log,
+        )
 
 
 METHOD = SearchMethod(
     name="lora-soups",
     title="LoRA Soups: learned concatenation of skills, a weight a layer",
     paper="Prabhakar et al., 2024, arXiv 2410.13025",
-    run=lora_soups,
+    search=LoraSoups,
 )

@@ -13,93 +13,93 @@ Paper: Abrantes et al., 2025, arXiv 2508.16204. No mutation (it would leave the 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plait.adapter import low_rank_of
 from plait.errors import PlaitError
-from plait.merging.search.coefficients import Coefficients, Grouping
+from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
-from plait.merging.search.method import SearchMethod
-from plait.merging.search.trials import Trials, open_trials
+from plait.merging.search.groups import Grouping
+from plait.merging.search.method import Search, SearchMethod
+from plait.merging.search.problem import Problem, Score
+from plait.merging.search.trials import Trials
 
-Score = Callable[[nn.Module], Tensor]
-"""Of the model with coefficients in use: a number in [0, 1] for each example, without chance."""
 
+@dataclass
+class M2n2(Search):
+    evaluations: int = 1000
+    """Of all examples, the adapters' own included (paper: 50,000 of small networks)."""
+    archive: int = 20
+    """Members that stay (paper: 20)."""
+    alpha: float = 1.0
+    """How hard examples are competed for (paper: 1); 0 is a plain genetic algorithm."""
+    split: bool = True
+    """Children change parents' shares at a random depth (paper: yes)."""
+    attraction: bool = True
+    """Mates are chosen for what the other lacks (paper: yes)."""
+    grouping: Grouping = "layer"
+    """What shares a coefficient, and so where a split may fall."""
 
-def m2n2(
-    model: nn.Module,
-    names: Sequence[str],
-    score: Score,
-    *,
-    evaluations: int = 1000,
-    archive: int = 20,
-    alpha: float = 1.0,
-    split: bool = True,
-    attraction: bool = True,
-    grouping: Grouping = "layer",
-    seed: int = 0,
-    log: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-) -> Found:
-    """The archive's member of greatest total score; it starts as the adapters, each alone.
+    wants = "scores"
 
-    Args:
-        evaluations: of the score, the adapters' own included.
-        archive: members that stay.
-        alpha: how hard examples are competed for; 0 is a plain genetic algorithm.
-        split, attraction: switch off the split point and the choice of mates.
+    def __post_init__(self) -> None:
+        if self.archive < 2:
+            raise PlaitError("m2n2: an archive of two members at least.")
 
-    `found.value` is minus the total score; `found.facts["archive"]` has all members' coefficients
-    and `["scores"]` their scores [P, n].
-    """
-    space = Coefficients(model, names, grouping=grouping)
-    k = space.shape[0]
-    if archive < 2 or k < 2 or evaluations < k:
-        raise PlaitError("m2n2: two adapters, an archive of two, an evaluation for each adapter.")
-    gram = inner_products(space)
-    draw = torch.Generator().manual_seed(seed)
-    facts = {"archive": archive, "alpha": alpha, "split": split, "attraction": attraction}
-    search = space.described() | facts | {"search": "m2n2", "seed": seed}
-    members = [_alone(space, i) for i in range(k)]
-    label = "m2n2"
-    with (
-        space.searching(),
-        torch.no_grad(),
-        open_trials(log, search, evaluations, label, progress) as trials,
-    ):
-        scores = torch.stack([_scored(space, score, member, trials) for member in members])
-        while len(trials.history) < evaluations:
-            a, b = _parents(scores, alpha, attraction, draw)
-            w = float(torch.rand((), generator=draw, dtype=torch.float64))
-            cut = int(torch.randint(space.shape[1], (), generator=draw)) if split else None
-            child = crossed(members[a], members[b], w, cut, gram)
-            members.append(child)
-            scores = torch.cat([scores, _scored(space, score, child, trials)[None]])
-            if len(members) > archive:
-                worst = int(fitness(scores, alpha).argmin())
-                members.pop(worst)
-                scores = torch.cat([scores[:worst], scores[worst + 1 :]])
-    best = int(scores.sum(1).argmax())
-    kept = {"archive": torch.stack(members), "scores": scores}
-    return Found(space, members[best], -float(scores[best].sum()), trials.history, kept)
+    def find(self, problem: Problem) -> Found:
+        """The archive's member of greatest total score; it starts as the adapters, each alone.
+
+        `found.value` is minus the total score; `found.facts["archive"]` has all members'
+        coefficients and `["scores"]` their scores [P, n].
+        """
+        space = Coefficients(problem.model, problem.names, grouping=self.grouping)
+        score, k = problem.scored(), space.shape[0]
+        if k < 2 or self.evaluations < k:
+            raise PlaitError("m2n2: two adapters, and an evaluation for each at least.")
+        gram = inner_products(space)
+        draw = torch.Generator().manual_seed(problem.seed)
+        facts = {name: getattr(self, name) for name in ("archive", "alpha", "split", "attraction")}
+        search = space.described() | facts | {"search": "m2n2", "seed": problem.seed}
+        members = [space.alone(i) for i in range(k)]
+        trace = problem.log.open(search, self.evaluations, "m2n2")
+        with space.searching(), torch.no_grad(), trace as trials:
+            scores = torch.stack([_scored(space, score, member, trials) for member in members])
+            while len(trials.history) < self.evaluations:
+                a, b = _parents(scores, self.alpha, self.attraction, draw)
+                w = float(torch.rand((), generator=draw, dtype=torch.float64))
+                cut = int(torch.randint(space.shape[1], (), generator=draw)) if self.split else None
+                child = crossed(members[a], members[b], w, cut, gram)
+                members.append(child)
+                scores = torch.cat([scores, _scored(space, score, child, trials)[None]])
+                if len(members) > self.archive:
+                    worst = int(fitness(scores, self.alpha).argmin())
+                    members.pop(worst)
+                    scores = torch.cat([scores[:worst], scores[worst + 1 :]])
+        best = int(scores.sum(1).argmax())
+        kept = {"archive": torch.stack(members), "scores": scores}
+        return Found(space, members[best], -float(scores[best].sum()), trials.history, kept)
 
 
 def inner_products(space: Coefficients) -> Tensor:
-    """K [g, k, k]: <dW_i, dW_j> summed over each group's sites, float64."""
+    """K [g, k, k]: <dW_i, dW_j> summed over each group's sites (or chunks of them), float64."""
     k, g = space.shape
     found = torch.zeros(g, k, k, dtype=torch.float64)
     with torch.no_grad():
-        for path, group in space.member.items():
+        for path, part in space.parts.items():
             here = [(i, a) for i, a in enumerate(space.adapters) if path in a.deltas]
             lows = [(i, low_rank_of(a.deltas[path], energy=1.0)[0].to("cpu")) for i, a in here]
-            for i, one in lows:
-                for j, other in lows:
-                    found[group, i, j] += one.inner(other).double()
+            for group, piece in part.pieces():
+                cut = [
+                    (i, low.rows(piece) if part.along == "rows" else low.columns(piece))
+                    for i, low in lows
+                ]
+                for i, one in cut:
+                    for j, other in cut:
+                        found[group, i, j] += one.inner(other).double()
     return found
 
 
@@ -148,12 +148,6 @@ def _drawn(chances: Tensor, draw: torch.Generator) -> int:
     return int(torch.multinomial(usable, 1, generator=draw))
 
 
-def _alone(space: Coefficients, index: int) -> Tensor:
-    member = torch.zeros(space.shape, dtype=torch.float64)
-    member[index] = 1.0
-    return member
-
-
 def _scored(space: Coefficients, score: Score, member: Tensor, trials: Trials) -> Tensor:
     def ask() -> dict[str, Any]:
         space.use(member)
@@ -169,5 +163,5 @@ METHOD = SearchMethod(
     name="m2n2",
     title="M2N2: evolving merges with moving boundaries and niches",
     paper="Abrantes et al., 2025, arXiv 2508.16204",
-    run=m2n2,
+    search=M2n2,
 )
