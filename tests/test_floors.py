@@ -20,6 +20,7 @@ FLOORS: dict[str, float] = {
     "adapter": 2,
     "quantization": 3,
     "statistics": 3,
+    "structure": 3.5,
     "methods": 4.0,
     "initializers": 4.1,
     "rules": 4.2,
