@@ -4,38 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-
 from plait.errors import PlaitError
-from plait.merging.checkpoints import Checkpoint, Entry, holds_checkpoint
-from plait.merging.shards import Planned
+from plait.merging.checkpoints import Checkpoint
+from plait.merging.opened import held_as, tied
+from plait.merging.work import Job, Model, Read, Task
 
 SHAPING = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 """Keys of config.json that two models must share to be merged tensor by tensor."""
 
 
-def check_inputs(
-    pattern: str, inputs: Sequence[str], *, against_base: bool, dtype: torch.dtype | None
-) -> list[Planned]:
-    """The tensors of the result, which are those of `pattern` (the base, or the first input).
+def check_models(
+    first: Checkpoint, models: Sequence[Model], opened: Mapping[str, Checkpoint], *skipped: str
+) -> None:
+    """PlaitError where a model is of another architecture than `first`, by its config; or where an
+    adapter does not belong to its model. `skipped` names keys that may differ."""
+    for path in dict.fromkeys(model.path for model in models):
+        _same_config(first, opened[path], set(SHAPING) - set(skipped))
+    for model in models:
+        for adapter in model.adapters:
+            _check_adapter(adapter, opened[model.path])
 
-    Raises PlaitError, naming the input and the tensor, for another architecture, a missing or a
-    surplus tensor, or another shape (and, where it is the vocabulary, says so).
+
+def check_tasks(job: Job, opened: Mapping[str, Checkpoint], hint: str) -> None:
+    """PlaitError, naming the input and the tensor, where one is missing or of another shape.
+
+    `hint` says what to do where it is the vocabulary that differs.
     """
-    with Checkpoint(pattern) as first:
-        for path in inputs:
-            if path == pattern:
-                if against_base:
-                    raise PlaitError(f"{path} is the base itself; it changes nothing.")
-            elif holds_checkpoint(path):
-                with Checkpoint(path) as other:
-                    _same_config(first, other)
-                    _same_tensors(first, other)
-            elif against_base:
-                _check_adapter(path, first)
-            else:
-                raise PlaitError(f"{path} is an adapter; give base=, the model that it changes.")
-        return [_planned(name, entry, dtype) for name, entry in first.entries.items()]
+    for task in (task for shard in job.shards for task in shard):
+        for read in (*task.reads, *([task.base] if task.base is not None else [])):
+            _check_read(job, task, read, opened[job.models[read.model].path], hint)
+
+
+def check_surplus(names: Iterable[str], models: Sequence[Checkpoint], first: Checkpoint) -> None:
+    """PlaitError where a model holds tensors that the result would leave out."""
+    wanted = set(names)
+    for other in models:
+        surplus = sorted(n for n in other.entries if n not in wanted and not _tied(other, n))
+        if surplus:
+            raise PlaitError(
+                f"{other.path} has {_some(surplus)} besides, compared with {first.path}; save both "
+                "with the same library (a tied head may be stored in one and not in the other)."
+            )
+
+
+def _tied(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is but a copy of the embedding that it is tied to."""
+    return name.endswith("lm_head.weight") and tied(checkpoint)
+
+
+def _check_read(job: Job, task: Task, read: Read, checkpoint: Checkpoint, hint: str) -> None:
+    held = held_as(checkpoint, read.name)
+    if held is None:
+        raise PlaitError(
+            f"{checkpoint.path} lacks {read.name!r}, which the result needs; save all inputs with "
+            "the same library (a tied head may be stored in one and not in the other)."
+        )
+    shape, wanted = checkpoint.entries[held].shape, task.planned.shape
+    if read.rows is not None:
+        shape = (len(job.rows[read.rows].own), *shape[1:])
+    if shape != wanted:
+        words = len(shape) == 2 == len(wanted) and shape[1] == wanted[1]
+        more = f" The vocabularies differ: {hint}" if words else ""
+        raise PlaitError(
+            f"tensor {read.name!r} is {list(shape)} in {checkpoint.path} and {list(wanted)} in the "
+            f"result.{more}"
+        )
 
 
 def _check_adapter(path: str, base: Checkpoint) -> None:
@@ -53,46 +86,19 @@ def _check_adapter(path: str, base: Checkpoint) -> None:
             raise PlaitError(f"{base.path} has no tensor for site {where!r} of adapter {path}.")
 
 
-def _planned(name: str, entry: Entry, dtype: torch.dtype | None) -> Planned:
-    changed = dtype is not None and entry.dtype.is_floating_point
-    return Planned(name, entry.shape, dtype if changed and dtype is not None else entry.dtype)
-
-
-def _same_config(first: Checkpoint, other: Checkpoint) -> None:
+def _same_config(first: Checkpoint, other: Checkpoint, keys: set[str]) -> None:
     for key in SHAPING:
-        one, two = first.config.get(key), other.config.get(key)
-        if one is not None and two is not None and one != two:
+        one, two = _setting(first, key), _setting(other, key)
+        if key in keys and one is not None and two is not None and one != two:
             raise PlaitError(
                 f"{other.path} has {key} {two}, {first.path} has {one}; merge fine-tunes of one "
                 "base model."
             )
 
 
-def _same_tensors(first: Checkpoint, other: Checkpoint) -> None:
-    missing = sorted(first.entries.keys() - other.entries.keys())
-    surplus = sorted(other.entries.keys() - first.entries.keys())
-    if missing or surplus:
-        what = f"lacks {_some(missing)}" if missing else f"has {_some(surplus)} besides"
-        raise PlaitError(
-            f"{other.path} {what}, compared with {first.path}; save both with the same library "
-            "(a tied head may be stored in one and not in the other)."
-        )
-    for name, entry in first.entries.items():
-        _same_shape(name, entry, other.entries, first, other)
-
-
-def _same_shape(
-    name: str, entry: Entry, others: Mapping[str, Entry], first: Checkpoint, other: Checkpoint
-) -> None:
-    shape = others[name].shape
-    if shape == entry.shape:
-        return
-    words = len(shape) == 2 == len(entry.shape) and shape[1] == entry.shape[1]
-    hint = " The vocabularies differ: align the tokenizers first." if words else ""
-    raise PlaitError(
-        f"tensor {name!r} is {list(shape)} in {other.path} and {list(entry.shape)} in "
-        f"{first.path}.{hint}"
-    )
+def _setting(checkpoint: Checkpoint, key: str) -> object:
+    text = checkpoint.config.get("text_config")
+    return checkpoint.config.get(key, text.get(key) if isinstance(text, dict) else None)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from plait.merging.changes import Changes
 
@@ -23,14 +24,24 @@ def site_facts(changes: Changes) -> dict[str, Any]:
     An entry conflicts where two inputs change it in opposite directions. Norms are scaled up to the
     whole site.
     """
-    out, columns = changes.shape
+    block = torch.cat([changes.rows(rows) for rows in sampled(changes.shape)], 1)
+    return facts_of(block, changes.shape)
+
+
+def sampled(shape: tuple[int, int]) -> list[range]:
+    """The rows that a site's facts are taken from."""
+    out, columns = shape
     size = min(out, max(1, SAMPLE // (GROUPS * columns)))
     starts = range(0, out - size + 1, max(size, out // GROUPS))
-    block = torch.cat([changes.rows(range(at, at + size)) for at in starts], 1)
+    return [range(at, at + size) for at in starts]
+
+
+def facts_of(block: Tensor, shape: tuple[int, int]) -> dict[str, Any]:
+    """The facts of a site of this shape from rows [k, rows, in] of its changes."""
     flat = block.flatten(1).double()
     gram = flat @ flat.mT
     lengths = gram.diagonal().sqrt()
-    scale = (out * columns / flat.shape[1]) ** 0.5
+    scale = (shape[0] * shape[1] / flat.shape[1]) ** 0.5
     cosines = gram / (lengths[:, None] * lengths).clamp_min(1e-300)
     conflicts = (block.amax(0) > 0) & (block.amin(0) < 0)
     return {

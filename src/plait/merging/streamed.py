@@ -1,11 +1,11 @@
-"""`merge_checkpoints`: full models (and adapters) into one checkpoint, tensor by tensor.
+"""The streamed driver: a job's tensors made and written one by one, shard after shard.
 
-    base + k inputs, mapped ──► checks ──► for each tensor: k changes ──► method ──► base + change
-                                           shard after shard, each renamed when it is complete
+    inputs, mapped ──► for each tensor: k changes ──► method ──► base + change ──► shard
+                                   each shard renamed when it is complete, the folder at the end
 
-Memory holds one tensor of every input and the result's, whatever the model's size. A run that was
-killed goes on with the shards that are missing; the output's folder appears when all are there. The
-inputs are only read.
+Memory holds one tensor of every input and the result's, whatever the model's size; of a method that
+takes its inputs in turn, one tensor. A run that was killed goes on with the shards that are
+missing; the output's folder appears when all are there. The inputs are only read.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,94 +25,65 @@ import torch
 from torch import Tensor
 
 from plait.errors import PlaitError
-from plait.merging.checkpoints import holds_checkpoint
-from plait.merging.method import choose_space, get_merge_method, make_merge
-from plait.merging.preflight import check_inputs
+from plait.merging.changes import Changes
+from plait.merging.method import Merge, get_merge_method, make_merge
+from plait.merging.opened import Asked, Opened, open_inputs
 from plait.merging.progress import tracked
-from plait.merging.report import Facts, site_facts, write_report
-from plait.merging.shards import Planned, plan_shards, shard_names, write_index, write_shard
-from plait.merging.sources import check_weights
+from plait.merging.report import Facts, facts_of, sampled, site_facts, write_report
+from plait.merging.sequence import SequentialMerge
+from plait.merging.shards import Planned, write_index, write_shard
 from plait.merging.spaces import by_entries
+from plait.merging.work import Job, Task, Way
 
-SHARD = 5 * 10**9
 PLAN = "merge.json"
 """What was merged, in the staging folder and in the result."""
+KEPT = (".json", ".txt", ".model", ".jinja")
+"""Files beside a model's weights that go along with the result: config and tokenizer."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that a process needs to write any shard."""
-
-    base: str | None
-    inputs: tuple[str, ...]
-    method: str
-    options: tuple[tuple[str, Any], ...]
-    weights: tuple[float, ...]
-    seed: int
-    folder: str
-    shards: tuple[tuple[Planned, ...], ...]
-
-
-def merge_checkpoints(
-    inputs: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    method: str = "linear",
-    weights: Sequence[float] | None = None,
-    *,
-    base: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    shard_size: int = SHARD,
-    processes: int = 1,
-    progress: bool = False,
-    **options: Any,
-) -> Path:
-    """A checkpoint folder `out`: the base's tensors plus the merge of what the inputs change.
-
-    Args:
-        inputs: checkpoint folders or files (safetensors), and adapters of the base among them.
-        method: any merge method with space "delta".
-        weights: one for each input; None takes their mean (1 / k each).
-        base: what the inputs' changes are against; without it the tensors themselves are merged
-            (an average of models, a slerp between two).
-        dtype: of the result; None keeps each tensor's in the base (or in the first input).
-        shard_size: bytes a file of the result has at most.
-        processes: how many write shards at the same time; the result does not depend on it.
-
-    The result holds the base's (or the first input's) config and tokenizer files, and merge.json
-    with what was done and, for every tensor, norms, cosines and sign conflicts of the inputs.
-    Raises PlaitError for unknown names, inputs of another shape, vocabulary or set of tensors, NaN,
-    or a folder `out` that exists.
-    """
-    chosen = get_merge_method(method)
-    way = make_merge(chosen, options)
-    choose_space(chosen.name, way, "delta")
-    if way.needs:
-        needed = " and ".join(sorted(way.needs))
-        raise PlaitError(
-            f"merge method {chosen.name!r} needs statistics of data ({needed}), which a streamed "
-            "merge does not take; merge adapters, or extract them first with `plait extract`."
-        )
-    if way.reads_base and base is None:
-        raise PlaitError(f"merge method {chosen.name!r} reads the base's weights; give base=.")
-    factors = check_weights(weights, len(inputs))
-    target = Path(out)
+def staging_for(target: Path) -> Path:
+    """The folder in which a result grows, beside where it will lie."""
     if target.exists():
         raise PlaitError(f"{target} exists; give another output, or remove it first.")
-    paths = tuple(str(Path(p)) for p in inputs)
-    pattern = str(Path(base)) if base is not None else next(filter(holds_checkpoint, paths), None)
-    if pattern is None:
-        raise PlaitError("merging adapters into a checkpoint needs base=, the model they change.")
-    planned = check_inputs(pattern, paths, against_base=base is not None, dtype=dtype)
-    shards = tuple(tuple(shard) for shard in plan_shards(planned, shard_size))
-    staging = target.with_name(f".{target.name}.merging")
-    given = tuple(sorted(dataclasses.asdict(way).items()))  # type: ignore[call-overload]
-    first = None if base is None else pattern
-    job = Job(first, paths, method, given, tuple(factors), seed, str(staging), shards)
+    return target.with_name(f".{target.name}.merging")
+
+
+def run_job(
+    job: Job,
+    target: Path,
+    files: Mapping[str, Path | bytes],
+    *,
+    processes: int = 1,
+    progress: bool = False,
+) -> Path:
+    """The checkpoint folder `target`: the job's tensors, `files` beside them and merge.json.
+
+    `files` are copied at the end: {name in the result: a file, or its content}.
+    """
+    staging = Path(job.folder)
     _prepare(staging, job)
     facts = _write_all(job, processes, progress)
-    _finish(staging, target, Path(pattern), job, facts)
+    write_index(staging, job.planned())
+    for name, source in files.items():
+        if isinstance(source, bytes):
+            (staging / name).write_bytes(source)
+        else:
+            shutil.copyfile(source, staging / name)
+    write_report(staging / PLAN, job.described, facts)
+    for hidden in staging.glob(".*"):
+        hidden.unlink()
+    os.rename(staging, target)
     return target
+
+
+def files_beside(path: Path) -> dict[str, Path | bytes]:
+    """A model's config and tokenizer files, for `run_job`."""
+    found: dict[str, Path | bytes] = {}
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        listed = file.name.endswith(".index.json") or file.name == PLAN
+        if file.is_file() and file.suffix in KEPT and not listed:
+            found[file.name] = file
+    return found
 
 
 def _prepare(staging: Path, job: Job) -> None:
@@ -129,7 +99,8 @@ def _prepare(staging: Path, job: Job) -> None:
 def _digest(job: Job) -> str:
     """Of the plan and of what the input files are (size and time of change)."""
     seen = []
-    for path in filter(None, (job.base, *job.inputs)):
+    paths = [path for model in job.models for path in (model.path, *model.adapters)]
+    for path in dict.fromkeys((*paths, *job.statistics)):
         files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*"))
         seen += [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     text = repr((dataclasses.astuple(job), seen))
@@ -137,8 +108,7 @@ def _digest(job: Job) -> str:
 
 
 def _write_all(job: Job, processes: int, progress: bool) -> Facts:
-    names = shard_names(len(job.shards))
-    todo = [i for i, name in enumerate(names) if not (Path(job.folder) / name).is_file()]
+    todo = [i for i in range(len(job.shards)) if not job.file(i).is_file()]
     if processes > 1 and len(todo) > 1:
         context = get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(todo)), mp_context=context) as pool:
@@ -148,60 +118,75 @@ def _write_all(job: Job, processes: int, progress: bool) -> Facts:
         for index in tracked(todo, len(todo), progress):
             _write_one(job, index)
     found: Facts = {}
-    for name in names:
+    for name in job.names:
         found |= json.loads((Path(job.folder) / f".{name}.json").read_text())
     return found
 
 
 def _write_one(job: Job, index: int) -> None:
     """One shard, and the facts about its tensors beside it."""
-    from plait.merging.opened import open_inputs
-
-    way = make_merge(get_merge_method(job.method), dict(job.options))
-    name = shard_names(len(job.shards))[index]
+    folder, name = Path(job.folder), job.names[index]
+    tasks = {task.planned.name: task for task in job.shards[index]}
     facts: Facts = {}
-    with open_inputs(job.base, job.inputs) as opened:
+    with open_inputs(job) as opened, torch.no_grad():
 
         def value(planned: Planned) -> Tensor:
-            base, changes = opened.changes(planned.name, job.seed)
-            if changes is None:  # nothing acts here, or it is not a number to merge
-                assert base is not None
-                return base.to(planned.dtype)
-            facts[planned.name] = site_facts(changes)
-            merged = by_entries(way, changes, job.weights)
-            _require_finite(planned.name, merged)
-            if base is not None:
-                merged += base.reshape(merged.shape).to(merged.dtype)
-            return merged.reshape(planned.shape).to(planned.dtype)
+            return _make(opened, tasks[planned.name], job.seed, facts)
 
-        folder = Path(job.folder)
-        with torch.no_grad():
-            write_shard(folder / f".{name}.made", job.shards[index], value)
-        (folder / f".{name}.json").write_text(json.dumps(facts))
-        os.replace(folder / f".{name}.made", folder / name)
+        write_shard(folder / f".{name}.made", [t.planned for t in tasks.values()], value)
+    (folder / f".{name}.json").write_text(json.dumps(facts))
+    os.replace(folder / f".{name}.made", folder / name)
+
+
+def _make(opened: Opened, task: Task, seed: int, facts: Facts) -> Tensor:
+    """One tensor of the result; what is to say about it goes into `facts`."""
+    planned = task.planned
+    if task.way is None:
+        found = opened.tensor(task.reads[0])
+        scaled = found if task.weights[0] == 1 else found.float() * task.weights[0]
+        return scaled.to(planned.dtype)
+    base, changes = opened.changes(task, seed)
+    if changes is None:  # nothing acts here, or it is not a number to merge
+        assert base is not None
+        return base.to(planned.dtype)
+    way = _fitting(make_way(task.way), changes)
+    merged, facts[planned.name] = _merged(way, changes, task.weights)
+    _require_finite(planned.name, merged)
+    if base is not None:
+        merged += base.reshape(merged.shape).to(merged.dtype)
+    return merged.reshape(planned.shape).to(planned.dtype)
+
+
+def make_way(way: Way) -> Merge:
+    """The method with its options."""
+    return make_merge(get_merge_method(way.method), dict(way.options))
+
+
+def _fitting(way: Merge, changes: Changes) -> Merge:
+    """The way itself; the weighted sum where it needs statistics that this tensor has none of."""
+    if way.needs and all(item is None for item in changes.statistics or ()):
+        return make_way(Way("linear"))
+    return way
+
+
+def _merged(
+    way: Merge, changes: Changes, weights: tuple[float, ...]
+) -> tuple[Tensor, dict[str, Any]]:
+    """The merge [out, in] and the site's facts; inputs are held together only where they must."""
+    if isinstance(way, SequentialMerge):
+        rows = sampled(changes.shape)
+        seen: list[Tensor] = []
+
+        def look(change: Tensor) -> None:
+            seen.append(torch.cat([change[r.start : r.stop] for r in rows]).float())
+
+        merged = way.one_by_one(changes, weights, look)
+        return merged, facts_of(torch.stack(seen), changes.shape)
+    if isinstance(changes.dense, Asked):
+        changes = dataclasses.replace(changes, dense=changes.dense.held())
+    return by_entries(way, changes, weights), site_facts(changes)
 
 
 def _require_finite(name: str, merged: Tensor) -> None:
     if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):
         raise PlaitError(f"tensor {name!r} has NaN or infinity in an input, or after the merge.")
-
-
-def _finish(staging: Path, target: Path, pattern: Path, job: Job, facts: Facts) -> None:
-    names = shard_names(len(job.shards))
-    write_index(staging, dict(zip(names, job.shards, strict=True)))
-    for file in sorted(pattern.iterdir()) if pattern.is_dir() else ():
-        kept = file.suffix in (".json", ".txt", ".model", ".jinja")
-        if file.is_file() and kept and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, staging / file.name)
-    described = {
-        "method": job.method,
-        "options": dict(job.options),
-        "weights": list(job.weights),
-        "base": job.base,
-        "inputs": list(job.inputs),
-        "seed": job.seed,
-    }
-    write_report(staging / PLAN, described, facts)
-    for hidden in staging.glob(".*"):
-        hidden.unlink()
-    os.rename(staging, target)

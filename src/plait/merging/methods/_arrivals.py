@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from plait.linalg import LowRank
-from plait.merging.methods._spectral import triplets
+from plait.merging.methods._spectral import NOISE, Triplets, triplets
 
 
 @dataclass
@@ -70,17 +70,66 @@ class Arrivals:
         return cls(**{**state, "merged": merged, "dropped": dict(state["dropped"])})
 
 
+@dataclass
+class DenseArrivals:
+    """As `Arrivals`, of one site whose changes come as matrices of any rank.
+
+    One singular value decomposition an arrival, of what is merged so far. Vectors have no
+    directions to keep free; they are added up with their weights.
+    """
+
+    inputs: int
+    alpha: float = 0.5
+    most: int | None = None
+    parts: Triplets | None = None
+    total: Tensor | None = None
+    scale: float = 1.0
+    count: int = 0
+    norms: float = 0.0
+
+    def add(self, change: Tensor, weight: float) -> None:
+        """One more change [out, in]; of `inputs`, a weight of 1 / inputs is the paper's."""
+        if min(change.shape) == 1:
+            self.total = weight * change + (0 if self.total is None else self.total)
+            return
+        arrived = change.double() * (weight * self.inputs)
+        norm = float(arrived.norm())
+        if norm == 0:
+            return
+        if self.parts is not None:
+            U, S, V = self.parts
+            inside = mask(len(S), occupied(S, self.alpha)) * (U.mT @ arrived @ V)
+            arrived += U @ (torch.diag(self.scale * S) - inside) @ V.mT
+        self.count, self.norms = self.count + 1, self.norms + norm
+        U, S, V = _triplets(arrived, self.most)
+        self.scale = float(S.norm()) * self.count / self.norms
+        self.parts = U, S / self.scale, V
+
+    def merged(self, like: Tensor) -> Tensor:
+        """What is merged so far, of the shape and type of `like`."""
+        if self.total is not None:
+            return self.total
+        if self.parts is None:
+            return torch.zeros_like(like)
+        U, S, V = self.parts
+        return ((U * S) @ V.mT).to(like.dtype)
+
+
 def outside(merged: LowRank, low: LowRank, alpha: float) -> LowRank:
     """`low` without what lies in the occupied directions of `merged`, and without its diagonal."""
     U, S, V = triplets(merged)
     B, A = low.B.double(), low.A.double()
     taken = (U.mT @ B) @ (A @ V) * low.scale
-    split = occupied(S, alpha)
-    mask = torch.eye(len(S), dtype=torch.float64)
-    mask[:split, :split] = 1
-    inside = LowRank(U, (taken * mask) @ V.mT)
+    inside = LowRank(U, (taken * mask(len(S), occupied(S, alpha))) @ V.mT)
     wide = LowRank(B, A, low.scale)
     return LowRank.weighted_sum([wide, inside], [1.0, -1.0]).to(dtype=low.dtype)
+
+
+def mask(size: int, split: int) -> Tensor:
+    """Ones [size, size] on the diagonal and in the leading `split` rows and columns."""
+    made = torch.eye(size, dtype=torch.float64)
+    made[:split, :split] = 1
+    return made
 
 
 def occupied(S: Tensor, alpha: float) -> int:
@@ -88,6 +137,14 @@ def occupied(S: Tensor, alpha: float) -> int:
     if alpha >= 1 or not len(S):
         return len(S)
     return int((S.cumsum(0) <= alpha * S.sum()).sum())
+
+
+def _triplets(matrix: Tensor, most: int | None) -> Triplets:
+    """U, S and V of a matrix, without what is rounding or beyond rank `most`."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    kept = int((NOISE * S[0] < S).sum())
+    kept = kept if most is None else min(kept, most)
+    return U[:, :kept], S[:kept], Vh[:kept].mT
 
 
 def _norm(changes: Mapping[str, LowRank]) -> float:

@@ -7,8 +7,9 @@
 `plait.merging.methods.opcm.Arrivals` takes inputs as they come, whatever their number, in constant
 memory with `most`, and scales by the norm of the whole model, as the paper does. As a method it
 takes all inputs of a merge in their order, each site for itself; a weight of w counts as an input
-k w times as large, so that 1 / k is the paper's. All is done on factors, of rank R + r at a step:
-dense code also clears a diagonal in the null space, whose vectors are arbitrary.
+k w times as large, so that 1 / k is the paper's. Adapters are merged on factors, of rank R + r at a
+step: dense code also clears a diagonal in the null space, whose vectors are arbitrary. Full
+checkpoints are read one after the other: memory holds one of them, whatever their number.
 Paper: Tang et al., 2025, arXiv 2501.09522. Departures: norms site by site (here, not in
 `Arrivals`); alpha 1 projects away all of D's directions; biases and norms take the weighted sum.
 """
@@ -18,17 +19,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from plait.errors import PlaitError
 from plait.linalg import LowRank
 from plait.merging.changes import Changes
-from plait.merging.method import Merge, MergeMethod
-from plait.merging.methods._arrivals import Arrivals
+from plait.merging.method import MergeMethod
+from plait.merging.methods._arrivals import Arrivals, DenseArrivals
+from plait.merging.sequence import SequentialMerge
 
 __all__ = ["METHOD", "Arrivals", "Opcm"]
 
 
 @dataclass
-class Opcm(Merge):
+class Opcm(SequentialMerge):
     alpha: float = 0.5
     """Share of the sum of singular values whose directions are kept free of what comes later
     (paper: 0.5)."""
@@ -49,6 +53,16 @@ class Opcm(Merge):
             so_far.add({changes.path: low}, len(lows) * weight)
         nothing = LowRank(lows[0].B[:, :0], lows[0].A[:0])
         return so_far.merged.get(changes.path, nothing) * self.scale
+
+    def begin(self, count: int) -> DenseArrivals:
+        return DenseArrivals(count, self.alpha, self.most)
+
+    def arrive(self, so_far: DenseArrivals, change: Tensor, weight: float) -> DenseArrivals:
+        so_far.add(change, weight)
+        return so_far
+
+    def end(self, so_far: DenseArrivals, change: Tensor) -> Tensor:
+        return self.scale * so_far.merged(change)
 
 
 METHOD = MergeMethod(
