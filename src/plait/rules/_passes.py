@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plait.adapter.activation import install_plans
+from plait.adapter.state import get_state
 from plait.errors import PlaitError
 
 IGNORE = -100
@@ -36,16 +38,24 @@ class Pass:
         without labels by name everything counts.
         """
         logits = logits_of(self.output if output is None else output)
-        wanted = self._labelled(logits)
-        return logits.flatten(0, -2) if wanted is None else logits[wanted]
+        shifted = self._shifted(logits)
+        return logits.flatten(0, -2) if shifted is None else logits[shifted != IGNORE]
 
-    def _labelled(self, logits: Tensor) -> Tensor | None:
+    def targets(self) -> Tensor:
+        """The labels [n] of `predictions`' rows; PlaitError for a batch without labels."""
+        shifted = self._shifted(logits_of(self.output))
+        if shifted is None:
+            raise PlaitError("the batch has no labels [rows, length] by name to compare with.")
+        return shifted[shifted != IGNORE]
+
+    def _shifted(self, logits: Tensor) -> Tensor | None:
+        """What each position is to predict."""
         shifted, labels = self.kwargs.get("shift_labels"), self.kwargs.get("labels")
         if shifted is None and isinstance(labels, Tensor) and labels.dim() == 2:
             shifted = nn.functional.pad(labels, (0, 1), value=IGNORE)[:, 1:]
         if not isinstance(shifted, Tensor) or shifted.shape != logits.shape[:-1]:
             return None
-        return shifted != IGNORE
+        return shifted
 
 
 class Passes:
@@ -83,6 +93,18 @@ class Passes:
     def close(self) -> None:
         self._last = None
         self._handle.remove()
+
+
+@contextlib.contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Within the block the model runs without adapters, which stay active."""
+    state = get_state(model)
+    before = state.installed
+    install_plans(state, [])
+    try:
+        yield
+    finally:
+        install_plans(state, before)
 
 
 def loss_of(output: Any) -> Tensor:

@@ -20,18 +20,15 @@ Paper: Chang, Chang and Wu, 2024, arXiv 2408.04556.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plait.adapter import Method, Rule, Run
-from plait.adapter.activation import install_plans
 from plait.adapter.choices import check_choices
-from plait.adapter.state import get_state
 from plait.errors import PlaitError
 from plait.rules._output_losses import (
     concentration,
@@ -40,7 +37,7 @@ from plait.rules._output_losses import (
     divergence,
     negative_entropy,
 )
-from plait.rules._passes import Pass, Passes, logits_of
+from plait.rules._passes import Pass, Passes, base_alone, logits_of
 
 
 @dataclass
@@ -111,18 +108,6 @@ class BaLora(Rule):
 
     def finish(self) -> None:
         self._passes.close()
-
-
-@contextlib.contextmanager
-def base_alone(model: nn.Module) -> Iterator[None]:
-    """Within the block the model runs without adapters, which stay active."""
-    state = get_state(model)
-    before = state.installed
-    install_plans(state, [])
-    try:
-        yield
-    finally:
-        install_plans(state, before)
 
 
 METHOD = Method(
