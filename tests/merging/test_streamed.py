@@ -14,7 +14,7 @@ from torch import Tensor
 
 import plait
 from plait.errors import FormatError, PlaitError
-from plait.merging import merge_checkpoints, shards, streamed
+from plait.merging import engine, merge_checkpoints, shards
 from plait.testing import tiny_llama
 
 
@@ -120,7 +120,7 @@ def test_adapters_and_models_merge_together(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_with_the_shards_that_are_missing(models, monkeypatch) -> None:
     inputs, given = [models["a"], models["b"]], {"base": models["base"], "shard_size": 500}
-    write_one, written = streamed._write_one, []
+    write_one, written = engine._write_one, []
 
     def once_then_die(job, index):
         if len(written) == 2:
@@ -128,29 +128,29 @@ def test_a_killed_run_goes_on_with_the_shards_that_are_missing(models, monkeypat
         written.append(index)
         write_one(job, index)
 
-    monkeypatch.setattr(streamed, "_write_one", once_then_die)
+    monkeypatch.setattr(engine, "_write_one", once_then_die)
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoints(inputs, models["out"], **given)
     assert not models["out"].exists()
     again: list[int] = []
-    monkeypatch.setattr(streamed, "_write_one", lambda j, i: (again.append(i), write_one(j, i)))
+    monkeypatch.setattr(engine, "_write_one", lambda j, i: (again.append(i), write_one(j, i)))
     merge_checkpoints(inputs, models["out"], **given)
     assert again and not set(again) & set(written)
     assert not list(models["out"].parent.glob(".*merging"))
 
 
 def test_another_merge_does_not_take_up_shards_that_are_not_its_own(models, monkeypatch) -> None:
-    inputs, write_one = [models["a"], models["b"]], streamed._write_one
+    inputs, write_one = [models["a"], models["b"]], engine._write_one
 
     def die(job, index):
         write_one(job, index)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(streamed, "_write_one", die)
+    monkeypatch.setattr(engine, "_write_one", die)
     given = {"base": models["base"], "shard_size": 500}
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoints(inputs, models["out"], weights=[1.0, 0.0], **given)
-    monkeypatch.setattr(streamed, "_write_one", write_one)
+    monkeypatch.setattr(engine, "_write_one", write_one)
     out = merge_checkpoints(inputs, models["out"], weights=[0.0, 1.0], **given)
     torch.testing.assert_close(loaded(out)["embed.weight"], state(2)["embed.weight"])
 
@@ -200,11 +200,11 @@ def test_inputs_that_do_not_belong_together_are_named(models, tmp_path: Path) ->
 @pytest.mark.slow
 def test_kill_minus_nine_half_way_and_again(models, tmp_path: Path) -> None:
     script = (
-        "import sys, os, signal\nfrom plait.merging import merge_checkpoints, streamed\n"
-        "real, done = streamed._write_one, []\n"
+        "import sys, os, signal\nfrom plait.merging import engine, merge_checkpoints\n"
+        "real, done = engine._write_one, []\n"
         "def one(job, i):\n    real(job, i)\n    done.append(i)\n"
         "    if len(done) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "streamed._write_one = one\n"
+        "engine._write_one = one\n"
         f"merge_checkpoints([{str(models['a'])!r}], {str(models['out'])!r}, "
         f"base={str(models['base'])!r}, shard_size=500)\n"
     )

@@ -6,7 +6,7 @@ options that merges one site, one file in `methods/`, found by listing that fold
 
 from plait.merging.driver import merge
 from plait.merging.method import Merge, MergeMethod, get_merge_method, merge_method_names
-from plait.merging.models import merge_checkpoints
+from plait.merging.streamed import merge_checkpoints
 
 __all__ = [
     "Merge",
