@@ -100,7 +100,7 @@ def test_k_lora_takes_one_adapter_whole_the_later_the_more_the_style(space: str)
     for step in range(11):
         for block in (1, 1 << 20):
             found = dense(
-                run("k-lora", space, [one, two], [1.0, 1.0], block=block, progress=step / 10)
+                run("k-lora", space, [one, two], [1.0, 1.0], block=block, moment=step / 10)
             )
             wanted = chosen(one.dense(), two.dense(), 6, 1.5 * step / 10 + 0.5)
             close(found, 2 * wanted)
@@ -110,13 +110,13 @@ def test_k_lora_takes_one_adapter_whole_the_later_the_more_the_style(space: str)
 
 def test_k_lora_does_not_mind_scales_and_turns_round_with_its_roles() -> None:
     one, two = lows(2)
-    for progress in (0.0, 0.25, 0.5, 1.0):
-        a = dense(run("k-lora", "factors", [one, two], [0.5, 0.5], progress=progress))
-        b = dense(run("k-lora", "factors", [one * 7.0, two], [0.5, 0.5], progress=progress))
+    for moment in (0.0, 0.25, 0.5, 1.0):
+        a = dense(run("k-lora", "factors", [one, two], [0.5, 0.5], moment=moment))
+        b = dense(run("k-lora", "factors", [one * 7.0, two], [0.5, 0.5], moment=moment))
         close(b, a * 7 if torch.allclose(a, one.dense()) else a)
     at_one = {"alpha": 0.0, "beta": 1.0}
     a = dense(run("k-lora", "factors", [one, two], [0.5, 0.5], **at_one))
     b = dense(run("k-lora", "factors", [two, one], [0.5, 0.5], **at_one))
     close(a, b)  # at equal terms the same one wins from either side
-    with pytest.raises(PlaitError, match="progress"):
-        run("k-lora", "factors", [one, two], progress=2.0)
+    with pytest.raises(PlaitError, match="moment"):
+        run("k-lora", "factors", [one, two], moment=2.0)

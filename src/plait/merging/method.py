@@ -14,8 +14,6 @@ The last two are written once, as `survey` (a pass that looks) and `combine` (ro
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +25,7 @@ from plait.errors import PlaitError, unknown
 from plait.linalg import LowRank
 from plait.merging.aliases import ALIASES
 from plait.merging.changes import Changes
+from plait.merging.records import Folder, keywords, make_options
 
 Space = Literal["factors", "aligned", "delta"]
 
@@ -76,42 +75,45 @@ class MergeMethod:
     """What an alias sets beforehand (see `plait.merging.aliases`)."""
 
 
-@cache
-def _files() -> dict[str, str]:
-    package = importlib.import_module("plait.merging.methods")
-    names = [i.name for i in pkgutil.iter_modules(package.__path__) if not i.name.startswith("_")]
-    return {name.replace("_", "-"): f"{package.__name__}.{name}" for name in names}
+FOLDER = Folder("plait.merging.methods", MergeMethod, "merge method")
+SEARCHES: Folder[Any] = Folder("plait.merging.search.methods", object, "search method")
+"""Only their names: what they are is `plait.merging.search.method`'s."""
 
 
 def merge_method_names() -> list[str]:
     """Every merge method's name, sorted."""
-    return sorted(_files())
+    return FOLDER.names()
 
 
 def get_merge_method(name: str | MergeMethod) -> MergeMethod:
     """The merge method of that name or alias (underscores count as hyphens); an error names the
-    nearest."""
+    nearest, or says that the method is one that searches with data."""
     if isinstance(name, MergeMethod):
         return name
     key = name.lower().replace("_", "-")
     if key in ALIASES:
         meant, options = ALIASES[key]
         return dataclasses.replace(get_merge_method(meant), name=key, options=options)
-    if key not in _files():
-        raise unknown("merge method", name, [*_files(), *ALIASES])
-    method = getattr(importlib.import_module(_files()[key]), "METHOD", None)
-    if not isinstance(method, MergeMethod) or method.name != key:
-        raise PlaitError(f"{_files()[key]} must end in a METHOD record named {key!r}.")
-    return method
+    if key not in FOLDER.files and key in SEARCHES.files:
+        raise PlaitError(
+            f"{key} searches its coefficients with data: run `plait search --method {key}`, or "
+            "plait.search in Python."
+        )
+    return FOLDER.get(name, ALIASES)
 
 
 def make_merge(method: MergeMethod, given: Mapping[str, Any]) -> Merge:
     """The method with its options, `given` over the defaults; an unknown one names the nearest."""
-    names = [f.name for f in dataclasses.fields(method.merge)]  # type: ignore[arg-type]
-    for name in given:
-        if name not in names:
-            raise unknown("option", name, names, where=f"merge method {method.name!r}")
-    return method.merge(**{**method.options, **given})
+    options = {**method.options, **given}
+    return make_options(f"merge method {method.name!r}", method.merge, options, _keywords())
+
+
+@cache
+def _keywords() -> frozenset[str]:
+    """Those of the functions that a method's options pass through."""
+    from plait.merging import merge, merge_checkpoints
+
+    return keywords(merge, merge_checkpoints)
 
 
 def choose_space(name: str, way: Merge, wanted: str | None) -> Space:

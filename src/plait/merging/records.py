@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -42,6 +43,12 @@ class Folder(Generic[Record]):
         if not isinstance(record, self.record) or record.name != key:  # type: ignore[attr-defined]
             raise PlaitError(f"{self.files[key]} must end in a METHOD record named {key!r}.")
         return record
+
+
+def keywords(*functions: Callable[..., Any]) -> frozenset[str]:
+    """The names of their parameters, without those of `**options`."""
+    found = (p for f in functions for p in inspect.signature(f).parameters.values())
+    return frozenset(p.name for p in found if p.kind is not p.VAR_KEYWORD)
 
 
 def make_options(

@@ -5,7 +5,7 @@
     s = alpha p + beta       p in [0, 1]: how far the sampling of an image is
 
 No training, and nothing is mixed: content early, style late. The sums are found once, from blocks
-of rows. `progress` is the p of this merge; a schedule is one merge for each step that differs.
+of rows. `moment` is the p of this merge; a schedule is one merge for each step that differs.
 The weights compare; the chosen change is multiplied by their sum.
 Paper: K-LoRA, Ouyang et al., 2025, arXiv 2502.18461. Departure: the scales of the two adapters are
 balanced site by site, by T_1 / T_2, not by a mean over sites without outliers. Biases go with the
@@ -30,7 +30,7 @@ from plait.merging.method import Merge, MergeMethod
 
 @dataclass
 class KLora(Merge):
-    progress: float = 0.5
+    moment: float = 0.5
     """p: 0 at the first step of sampling, 1 at the last."""
     alpha: float = 1.5
     """How much the style gains on the way (paper: 1.5)."""
@@ -42,8 +42,8 @@ class KLora(Merge):
     spaces = ("factors", "delta")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.progress <= 1:
-            raise PlaitError(f"k-lora: progress is a share in [0, 1], not {self.progress}.")
+        if not 0 <= self.moment <= 1:
+            raise PlaitError(f"k-lora: moment is a share in [0, 1], not {self.moment}.")
         if self.largest is not None and self.largest < 1:
             raise PlaitError(f"k-lora: largest is a number of entries from 1, not {self.largest}.")
 
@@ -66,7 +66,7 @@ class KLora(Merge):
             seen = torch.cat([top, entries], 1)
             top = seen.topk(min(count, seen.shape[1])).values
         share = top.double().sum(1) / total.clamp_min(1e-300)
-        style = self.alpha * self.progress + self.beta
+        style = self.alpha * self.moment + self.beta
         return 0 if float(share[0]) > style * float(share[1]) else 1
 
     def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from plait.errors import PlaitError
-from plait.merging.records import Folder, make_options
+from plait.merging.records import Folder, keywords, make_options
 from plait.merging.search.found import Found
 from plait.merging.search.problem import Problem, Wants
 
@@ -71,9 +71,6 @@ def get_search_method(name: str) -> SearchMethod:
 
 def make_search(method: SearchMethod, given: Mapping[str, Any]) -> Search:
     """The method with its options, `given` over the defaults; an unknown one names the nearest."""
-    import inspect
-
     from plait.merging.search.driver import search
 
-    taken = inspect.signature(search).parameters
-    return make_options(f"search method {method.name!r}", method.search, given, taken)
+    return make_options(f"search method {method.name!r}", method.search, given, keywords(search))
