@@ -20,6 +20,8 @@ EXTRAS = {
     "reasoning_gym": "demo",
     "peft": "bench",
     "psutil": "bench",
+    "optuna": "compare",
+    "ray": "ray",
 }
 
 

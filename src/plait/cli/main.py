@@ -23,6 +23,7 @@ import plait
 from plait.cli import (
     bases,
     chat,
+    compare,
     compress,
     convert,
     env,
@@ -62,6 +63,7 @@ for module in (
     methods,
     show,
     train,
+    compare,
     evaluate,
     chat,
     inspect,
