@@ -14,27 +14,31 @@ all stay.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
 from plait.merging.changes import Changes
 from plait.merging.method import Merge, MergeMethod
-from plait.merging.methods._election import elect
-from plait.merging.methods._trim import check_density, count_of, kth
+from plait.merging.methods._election import Reduce, elect
+from plait.merging.methods._trim import check_density, count_of, densities, kth
 
 
 @dataclass
 class Breadcrumbs(Merge):
-    density: float = 0.9
-    """Share of the entries that stay (paper: 0.85 to 0.9)."""
-    gamma: float = 0.01
-    """Share of the entries, the largest, that go (paper: 0.01)."""
+    density: float | Sequence[float] = 0.9
+    """Share of the entries that stay (paper: 0.85 to 0.9), or one for each input."""
+    gamma: float | Sequence[float] = 0.01
+    """Share of the entries, the largest, that go (paper: 0.01), or one for each input."""
     elect: bool = False
-    """Elect signs and average what agrees, as TIES; else the weighted sum (paper)."""
+    """Elect signs and merge what agrees, as TIES; else the weighted sum (paper)."""
+    reduce: Reduce = "mean"
+    """With `elect`, of those that agree: their weighted mean, their sum, or the largest."""
     scale: float = 1.0
     """Factor on the result (paper: 0.3 on the sum of tasks)."""
 
@@ -42,15 +46,21 @@ class Breadcrumbs(Merge):
 
     def __post_init__(self) -> None:
         check_density("breadcrumbs", self.density)
-        if not 0 <= self.gamma < 1:
-            raise PlaitError(f"breadcrumbs: gamma is a share in [0, 1), not {self.gamma}.")
+        check_choices(self, "breadcrumbs")
+        for share in self.gamma if isinstance(self.gamma, Sequence) else [self.gamma]:
+            if not 0 <= share < 1:
+                raise PlaitError(f"breadcrumbs: gamma is a share in [0, 1), not {share}.")
 
     def survey(self, changes: Changes, weights: Tensor) -> Any:
         """The least and the greatest magnitude that stay, [k, 1, 1] each."""
-        total, kept = math.prod(changes.shape), count_of(changes, self.density)
-        outliers = min(math.floor(self.gamma * total + 1e-6), total - kept)
-        least = kth(changes, kept + outliers)
-        return least, kth(changes, outliers + 1)
+        total = math.prod(changes.shape)
+        kept = [count_of(changes, share) for share in densities(changes, self.density)]
+        outliers = [
+            min(math.floor(gamma * total + 1e-6), total - count)
+            for gamma, count in zip(densities(changes, self.gamma), kept, strict=True)
+        ]
+        least = kth(changes, [a + b for a, b in zip(kept, outliers, strict=True)])
+        return least, kth(changes, [count + 1 for count in outliers])
 
     def combine(
         self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any
@@ -58,7 +68,9 @@ class Breadcrumbs(Merge):
         least, greatest = found
         size = block.abs().float()  # compared as the thresholds were found
         kept = torch.where((size >= least) & (size <= greatest), block, 0)
-        return self.scale * (elect(kept, weights) if self.elect else (weights * kept).sum(0))
+        if self.elect:
+            return self.scale * elect(kept, weights, reduce=self.reduce)
+        return self.scale * (weights * kept).sum(0)
 
 
 METHOD = MergeMethod(

@@ -24,12 +24,15 @@ from plait.errors import PlaitError
 from plait.linalg import LowRank, key_of, uniform_at
 from plait.merging.changes import Changes
 from plait.merging.method import Merge, MergeMethod
-from plait.merging.methods._election import elect
-from plait.merging.methods._trim import check_density
+from plait.merging.methods._election import Reduce, elect
+from plait.merging.methods._trim import check_density, densities
 
 
-def chances(block: Tensor, density: float, epsilon: float) -> Tensor:
-    """q [..., rows, in] of a block's entries; the mean over each row is the density."""
+def chances(block: Tensor, density: float | Tensor, epsilon: float | Tensor) -> Tensor:
+    """q [..., rows, in] of a block's entries; the mean over each row is the density.
+
+    Tensors of both [k, 1, 1] are those of the inputs in a block [k, rows, in].
+    """
     columns = block.shape[-1]
     # Ranks are counted in whole numbers: half types cannot tell more than 256 of them apart.
     rank = block.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
@@ -39,14 +42,17 @@ def chances(block: Tensor, density: float, epsilon: float) -> Tensor:
 
 @dataclass
 class Della(Merge):
-    density: float = 0.5
-    """Share of the entries that stay (paper: 0.1 to 0.7)."""
-    epsilon: float = 0.15
-    """Half of the span of the chances in a row (paper: 0.07 to 0.15); 0 is DARE's one chance."""
+    density: float | Sequence[float] = 0.5
+    """Share of the entries that stay (paper: 0.1 to 0.7), or one for each input."""
+    epsilon: float | Sequence[float] = 0.15
+    """Half of the span of the chances in a row (paper: 0.07 to 0.15), or one for each input; 0 is
+    DARE's one chance."""
     rescale: Literal["inverse", "l1", "none"] = "inverse"
     """Divide what stays by its chance (paper), by what restores the sum of |dW_i|, or by 1."""
     elect: bool = True
-    """Elect signs and average what agrees; else the weighted sum (della_linear)."""
+    """Elect signs and merge what agrees; else the weighted sum (della_linear)."""
+    reduce: Reduce = "mean"
+    """With `elect`, of those that agree: their weighted mean, their sum, or the largest."""
     scale: float = 1.0
     """Factor on the result (the paper's lambda: 1 to 1.1)."""
 
@@ -55,48 +61,71 @@ class Della(Merge):
     def __post_init__(self) -> None:
         check_density("della", self.density)
         check_choices(self, "della")
-        low, high = self.density - self.epsilon, self.density + self.epsilon
-        if self.epsilon < 0 or low <= 0 or high > 1:
-            raise PlaitError(
-                f"della: density -+ epsilon must lie in (0, 1], not {low:g} and {high:g}."
-            )
+        for density, epsilon in _pairs(self.density, self.epsilon):
+            low, high = density - epsilon, density + epsilon
+            if epsilon < 0 or low <= 0 or high > 1:
+                raise PlaitError(
+                    f"della: density -+ epsilon must lie in (0, 1], not {low:g} and {high:g}."
+                )
         if not self.elect:
             self.spaces = ("factors", "aligned", "delta")  # type: ignore[assignment]
 
     def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
         left = []
-        for i, low in enumerate(lows):
+        shares = zip(
+            densities(changes, self.density), densities(changes, self.epsilon), strict=True
+        )
+        for i, (low, share) in enumerate(zip(lows, shares, strict=True)):
             singular = low.balanced()
             key = key_of(changes.seed, changes.path, "della", i)
             numbers = uniform_at(key, range(singular.rank), singular.shape[-1])
-            A = self._kept(singular.A, numbers)
+            A = self._kept(singular.A, numbers, *share)
             if self.rescale == "l1":
                 A = A * _ratio(singular.A.abs().sum(), A.abs().sum()).to(A.dtype)
             left.append(LowRank(singular.B, A, singular.scale))
         return LowRank.weighted_sum(left, [self.scale * w for w in weights])
 
-    def _kept(self, block: Tensor, numbers: Tensor) -> Tensor:
-        q = chances(block, self.density, self.epsilon)
+    def _kept(
+        self, block: Tensor, numbers: Tensor, density: float | Tensor, epsilon: float | Tensor
+    ) -> Tensor:
+        q = chances(block, density, epsilon)
         value = block / q if self.rescale == "inverse" else block
         return torch.where(numbers < q, value, 0)
 
     def survey(self, changes: Changes, weights: Tensor) -> Any:
-        """The factors [k, 1, 1] that restore the sums of magnitudes, or 1."""
+        """Densities and epsilons [k, 1, 1], and what restores the sums of magnitudes, or 1."""
+        density, epsilon = (
+            torch.tensor(densities(changes, share), dtype=changes.dtype)[:, None, None]
+            for share in (self.density, self.epsilon)
+        )
         if self.rescale != "l1":
-            return 1.0
+            return density, epsilon, 1.0
         total, left = torch.zeros(2, changes.k, dtype=torch.float64)
         for rows in changes.ranges():
             block = changes.rows(rows)
             total += block.abs().double().sum((1, 2))
-            kept = self._kept(block, changes.uniform("della", rows))
+            kept = self._kept(block, changes.uniform("della", rows), density, epsilon)
             left += kept.abs().double().sum((1, 2))
-        return _ratio(total, left).to(changes.dtype)[:, None, None]
+        return density, epsilon, _ratio(total, left).to(changes.dtype)[:, None, None]
 
     def combine(
         self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any
     ) -> Tensor:
-        kept = self._kept(block, changes.uniform("della", rows)) * found
-        return self.scale * (elect(kept, weights) if self.elect else (weights * kept).sum(0))
+        density, epsilon, factors = found
+        kept = self._kept(block, changes.uniform("della", rows), density, epsilon) * factors
+        if self.elect:
+            return self.scale * elect(kept, weights, reduce=self.reduce)
+        return self.scale * (weights * kept).sum(0)
+
+
+def _pairs(
+    density: float | Sequence[float], epsilon: float | Sequence[float]
+) -> list[tuple[float, float]]:
+    """(density, epsilon) of every input, as far as they are given one by one."""
+    several = [x for x in (density, epsilon) if isinstance(x, Sequence)]
+    count = max((len(x) for x in several), default=1)
+    one, two = (x if isinstance(x, Sequence) else [x] * count for x in (density, epsilon))
+    return list(zip(one, two, strict=False))
 
 
 def _ratio(total: Tensor, left: Tensor) -> Tensor:

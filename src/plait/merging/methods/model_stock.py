@@ -24,13 +24,17 @@ from plait.merging.methods._lines import LineMerge, cosines
 
 @dataclass
 class ModelStock(LineMerge):
+    clip: bool = True
+    """Keep t in [0, 1]; without it changes that oppose each other are turned round (mergekit)."""
+
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         k = gram.shape[-1]
         if k < 2:
             raise PlaitError("model-stock: give two inputs or more; the angles between them count.")
         cosine, _ = cosines(gram)
         pairs = cosine.sum((-2, -1)) - cosine.diagonal(dim1=-2, dim2=-1).sum(-1)
-        c = (pairs / (k * (k - 1))).clamp(0, 1)
+        c = pairs / (k * (k - 1))
+        c = c.clamp(0, 1) if self.clip else c
         t = k * c / (1 + (k - 1) * c)
         return t[:, None] * weights
 
