@@ -22,10 +22,24 @@ def test_inspect_shows_a_table_and_everything_as_json(run, adapters, base: Path)
     assert "model.layers.1.mlp.up_proj" in run("inspect", adapters["sql"], "--sites")[1]
 
 
-def test_inspect_writes_plots(run, adapters, tmp_path: Path) -> None:
-    code, _, err = run("inspect", adapters["chat"], "--plots", tmp_path / "plots")
-    assert code == 0 and err.count("wrote ") == 3
-    assert (tmp_path / "plots" / "norms.png").stat().st_size > 1000
+def test_inspect_writes_a_report(run, adapters, tmp_path: Path) -> None:
+    code, _, err = run("inspect", adapters["chat"], "--out", tmp_path / "out")
+    assert code == 0 and err.count("wrote ") == 5
+    assert (tmp_path / "out" / "norms.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["adapters"]
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_inspect_compares_several(run, adapters, base: Path) -> None:
+    words = ["inspect", adapters["sql"], adapters["chat"], "--base", base, "--intruders"]
+    code, out, err = run(*words)
+    assert code == 0 and err == ""
+    assert "sql, chat" in out and "rows overlap" in out
+    facts = json.loads(run(*words, "--json")[1])
+    assert len(facts["adapters"]) == 2 and len(facts["pairs"][0]["sites"]) == 4
+    assert facts["intruder_search"] == {"top": 10, "threshold": 0.5}
+    code, _, err = run("inspect", adapters["sql"], "--intruders")
+    assert code == 2 and "name it with --base" in err
 
 
 def test_inspect_can_fail_on_damage(run, tmp_path: Path) -> None:
@@ -34,6 +48,9 @@ def test_inspect_can_fail_on_damage(run, tmp_path: Path) -> None:
     assert code == 0 and "problem: every change is zero" in out
     code, _, err = run("inspect", tmp_path / "new", "--check")
     assert code == 2 and "does nothing" in err
+    assert run("inspect", tmp_path / "new", "--check", "--allow", "zero")[0] == 0
+    code, _, err = run("inspect", tmp_path / "new", "--check", "--allow", "zeros")
+    assert code == 2 and "did you mean 'zero'?" in err
 
 
 def test_merge_is_the_weighted_sum(run, adapters, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 
 import plait
 from plait.adapter import Adapter
-from plait.errors import PlaitError
-from plait.evaluation import inspect_adapter
-from plait.evaluation.inspect_show import plot_report, report_table
+from plait.evaluation import inspect_adapter, inspect_adapters, write_inspection
+from plait.evaluation.inspection.plots import adapter_figures
+from plait.evaluation.inspection.tables import report_table
 from plait.linalg.entanglement import prime_factors
 from tiny_language_model import tiny_model
 
@@ -67,31 +67,9 @@ def test_relative_norms_need_a_base_and_leave_it_as_it_was() -> None:
     assert adapter.model is None and plait.adapters(other) == {}
     assert all(p.requires_grad for p in other.parameters())
     assert not any(p.requires_grad for p in adapter.parameters())
-    trained(other)
-    with pytest.raises(PlaitError, match="carries an adapter 'a' already"):
-        inspect_adapter(adapter, other)
-
-
-def test_damage_is_found() -> None:
-    adapter = trained(tiny_model())
-    q0, k0, v0 = (adapter.deltas[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv")
-    q0.A.data[1, 2] = float("nan")
-    k0.B.data.zero_()
-    v0.B.data[:, 1] = 0
-    report = inspect_adapter(adapter)
-    sites = {s.path: s for s in report.sites}
-    assert sites[q0.site.path].not_finite == 1 and sites[q0.site.path].norm is None
-    assert sites[k0.site.path].is_zero and sites[v0.site.path].dead_components == 1
-    problems = report.problems()
-    assert len(problems) == 3
-    assert "1 values are NaN or infinite" in problems[0] and "layers.0.self_attn.q" in problems[0]
-    assert "zero at" in problems[1] and "1 rank components" in problems[2]
-    json.loads(report.to_json())
-
-
-def test_an_untrained_adapter_says_so() -> None:
-    report = inspect_adapter(plait.attach(tiny_model(), "lora"))
-    assert report.problems() == ["every change is zero: the adapter does nothing (was it trained?)"]
+    trained(other)  # another adapter of that name, which the base keeps
+    assert [s.relative_norm for s in inspect_adapter(adapter, other).sites] == expected
+    assert list(plait.adapters(other)) == ["a"]
 
 
 def test_table_and_plots(tmp_path: Path) -> None:
@@ -103,12 +81,10 @@ def test_table_and_plots(tmp_path: Path) -> None:
     console.print(report_table(report, every_site=True))
     text = console.export_text()
     assert "down_proj" in text and "model.layers.1.mlp.up_proj" in text
-    paths = plot_report(report, tmp_path / "plots")
-    assert [p.name for p in paths] == ["norms.png", "effective_ranks.png", "spectra.png"]
-    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths)
+    assert set(adapter_figures(report)) == {"norms", "effective_ranks", "spectra"}
 
 
-def test_entanglement_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_entanglement_where_it_is_asked_for() -> None:
     adapter = trained(tiny_model())
     assert not any(site.entropy for site in inspect_adapter(adapter).sites)
     report = inspect_adapter(adapter, entropy=True)
@@ -120,24 +96,100 @@ def test_entanglement_where_it_is_asked_for(tmp_path: Path) -> None:
     middle = len(prime_factors(change.shape[0]))
     assert site.entropy[middle - 1] == pytest.approx(float(torch.special.entr(p).sum()), rel=1e-6)
     assert max(site.entropy[middle - 1 : middle]) <= math.log(4)
-    assert tmp_path / "entanglement.png" in plot_report(report, tmp_path)
+    left, right = site.entropy[: middle - 1], site.entropy[middle:]
+    expected = min(max(left), max(right)) - site.entropy[middle - 1]
+    assert site.valley == pytest.approx(expected) and site.valley > 0
+    assert "entanglement" in adapter_figures(report)
 
 
-def test_a_map_of_ranks_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    drawn: dict[str, Figure] = {}
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, path, **_: drawn.update({Path(path).stem: self})
-    )
+def test_a_map_of_ranks_where_they_differ() -> None:
     chosen = {"layers.1.self_attn.q_proj": {"rank": 1}, "layers.0.mlp.up_proj": {"rank": 7}}
     adapter = trained(tiny_model(), overrides=chosen, exclude=["layers.1.mlp.down_proj"])
     report = inspect_adapter(adapter)
-    assert tmp_path / "ranks.png" in plot_report(report, tmp_path)
-    axes, bar = drawn["ranks"].axes
+    axes, bar = adapter_figures(report)["ranks"].axes
     modules = [label.get_text() for label in axes.get_xticklabels()]
     written = {text.get_position(): int(text.get_text()) for text in axes.texts}
     assert written == {(modules.index(s.module), s.layer): s.rank for s in report.sites}
     assert set(written.values()) == {1, 4, 7} and len(written) == 13
     assert bar.get_ylabel() == "rank" and axes.images[0].get_clim() == (0.0, 7.0)
     assert axes.get_ylabel() == "layer"
+
+
+def test_savings_are_what_the_command_saves(tmp_path: Path) -> None:
+    adapter = trained(tiny_model(), rank=8)
+    for delta in adapter.deltas.values():
+        delta.B.data[:, 3:] *= 0.01
+    plait.detach(adapter.model)
+    adapter.save(tmp_path / "a")
+    found = inspect_adapter(tmp_path / "a").savings
+    assert found is not None and found.energy == 0.99
+    words = found.command.split()
+    assert words[:2] == ["plait", "compress"] and words[2] == str(tmp_path / "a")
+    small = plait.squeeze(plait.read_adapter(tmp_path / "a"), energy=0.99)
+    assert {p: d.rank for p, d in small.deltas.items()} == found.ranks
+    assert found.bytes == 4 * small.num_parameters() < 4 * adapter.num_parameters()
+    flat = trained(tiny_model(), rank=1)
+    assert inspect_adapter(flat).savings is None
+
+
+def test_sizes_on_disk_are_the_adapters_own_files(tmp_path: Path) -> None:
+    adapter = trained(tiny_model())
+    plait.detach(adapter.model)
+    adapter.save(tmp_path / "own")
+    adapter.save(tmp_path / "peft", format="peft")
+    size = {f.name: f.stat().st_size for k in ("own", "peft") for f in (tmp_path / k).iterdir()}
+    (tmp_path / "own" / "optimizer.pt").write_bytes(b"x" * 1000)
+    report = inspect_adapter(tmp_path / "own")
+    assert report.file_bytes == size["plait.json"] + size["adapter.safetensors"]
+    report = inspect_adapter(tmp_path / "peft" / "adapter_model.safetensors")
+    assert report.file_bytes == size["adapter_config.json"] + size["adapter_model.safetensors"]
+
+
+def test_a_pickle_and_a_damaged_file_are_refused(tmp_path: Path) -> None:
+    adapter = trained(tiny_model())
+    plait.detach(adapter.model)
+    adapter.save(tmp_path / "a", format="peft")
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(plait.PlaitError, match="damaged, or not a safetensors file"):
+        inspect_adapter(tmp_path / "a")
+    weights.rename(weights.with_name("adapter_model.bin"))
+    with pytest.raises(plait.PlaitError, match="a pickle file, which can run code"):
+        inspect_adapter(tmp_path / "a")
+
+
+def test_packed_experts_and_changes_without_factors() -> None:
+    model = tiny_model()
+    adapter = plait.attach(model, "ia3", name="ia3")
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data * 1.1
+    report = inspect_adapter(adapter)
+    for site in report.sites:
+        dense = adapter.deltas[site.path].dense().detach().double()
+        assert site.norm == pytest.approx(float(dense.norm()), rel=1e-5)
+
+
+def test_files_of_one_adapter_and_of_several(tmp_path: Path) -> None:
+    one = trained(tiny_model())
+    written = write_inspection(inspect_adapters([one]), tmp_path / "one")
+    names = {p.name for p in written}
+    assert names == {
+        "report.html",
+        "report.json",
+        "norms.png",
+        "effective_ranks.png",
+        "spectra.png",
+    }
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in written if p.suffix == ".png")
+    two = trained(tiny_model())
+    two.name = "../../<b>evil</b>"
+    found = inspect_adapters([one, two])
+    written = write_inspection(found, tmp_path / "two")
+    assert {p.parent for p in written} == {tmp_path / "two"}
+    assert "b-evil-b-norms.png" in {p.name for p in written}
+    html = (tmp_path / "two" / "report.html").read_text(encoding="utf-8")
+    assert "<b>" not in html and "&lt;b&gt;evil" in html
+    facts = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert [a["name"] for a in facts["adapters"]] == ["a", two.name]
+    assert facts["pairs"][0]["cosine"] == pytest.approx(1.0)

@@ -67,7 +67,7 @@ def test_text_is_shown_and_never_obeyed() -> None:
     found = Reader(everything())
     assert not {"script", "b"} & {tag for tag, _ in found.tags}
     assert not any("onload" in attributes for _, attributes in found.tags)
-    # In the title, the heading, the lead, the section and its fold, and seven in each block of parts.
+    # Title, heading, lead, section and fold; then seven in each of the three blocks of parts.
     assert "".join(found.text).count(NASTY) == 5 + 3 * 7
     assert {a["alt"] for tag, a in found.tags if tag == "img"} == {NASTY}
 

@@ -5,7 +5,15 @@
 
 from plait.evaluation.calibration import ace, ece, mce, reliability_plot
 from plait.evaluation.driver import evaluate
-from plait.evaluation.inspect import AdapterReport, SiteReport, inspect_adapter
+from plait.evaluation.inspection import (
+    AdapterReport,
+    Inspection,
+    IntruderSearch,
+    SiteReport,
+    inspect_adapter,
+    inspect_adapters,
+    write_inspection,
+)
 from plait.evaluation.intervals import bootstrap, wilson
 from plait.evaluation.question import Question, read_questions
 from plait.evaluation.results import Evaluation, Result, Score
@@ -13,6 +21,8 @@ from plait.evaluation.results import Evaluation, Result, Score
 __all__ = [
     "AdapterReport",
     "Evaluation",
+    "Inspection",
+    "IntruderSearch",
     "Question",
     "Result",
     "Score",
@@ -22,8 +32,10 @@ __all__ = [
     "ece",
     "evaluate",
     "inspect_adapter",
+    "inspect_adapters",
     "mce",
     "read_questions",
     "reliability_plot",
     "wilson",
+    "write_inspection",
 ]

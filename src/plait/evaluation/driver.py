@@ -9,6 +9,7 @@ from typing import Any
 
 from plait.adapter import activate
 from plait.adapter.state import find_state
+from plait.adapter.weighting import is_number
 from plait.errors import PlaitError, unknown
 from plait.evaluation.generate import Advance
 from plait.evaluation.metrics import Asking, Scorer, answer_scores, choice_score, loss_scores
@@ -134,10 +135,10 @@ def _active(model: Any) -> dict[str, Any]:
 
 
 def _number(weight: Any) -> Any:
-    """A weight, or weights by site, as plain numbers."""
+    """A weight, or weights by site (or by its rows or columns), as plain numbers."""
     if isinstance(weight, Mapping):
-        return {path: float(w) for path, w in weight.items()}
-    return float(weight)
+        return {path: _number(w) for path, w in weight.items()}
+    return float(weight) if is_number(weight) else weight.tolist()
 
 
 def _steps(questions: Sequence[Question], metrics: Sequence[str], generates: bool) -> int:
@@ -157,7 +158,7 @@ def _kept(model: Any) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-        if before is not None and state is not None and dict(state.active) != before:
+        if before is not None:
             activate(model, before)
 
 

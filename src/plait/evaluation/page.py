@@ -43,12 +43,12 @@ summary { cursor: pointer; color: var(--soft); }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-Tone = Literal["", "good", "bad", "warn", "lead", "note"]
+Tone = Literal["", "good", "bad", "warn", "lead", "note", "number"]
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph. `tone` colours it, or makes it a lead or a note."""
+    """A paragraph. `tone` colours it, or makes it a lead or a note; `number` is for cells."""
 
     text: str
     tone: Tone = ""
@@ -69,7 +69,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell with a tone of its own."""
+    """A table's cell with a tone of its own; `number` sets text to the right as numbers are."""
 
     value: Any
     tone: Tone = ""
@@ -84,7 +84,7 @@ class Table:
     caption: str = ""
 
     def html(self) -> str:
-        right = [any(_is_number(_value(r[i])) for r in self.rows) for i in range(len(self.columns))]
+        right = [any(_is_number(r[i]) for r in self.rows) for i in range(len(self.columns))]
         head = "".join(_cell("th", name, n) for name, n in zip(self.columns, right, strict=True))
         body = "".join(
             f"<tr>{''.join(_cell('td', v, n) for v, n in zip(row, right, strict=True))}</tr>"
@@ -193,7 +193,7 @@ def _class(*names: str) -> str:
 
 
 def _cell(tag: str, value: Any, right: bool) -> str:
-    tone = value.tone if isinstance(value, Cell) else ""
+    tone = value.tone if isinstance(value, Cell) and value.tone != "number" else ""
     value = _value(value)
     text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return f"<{tag}{_class(tone, 'n' if right else '')}>{escape(text)}</{tag}>"
@@ -203,5 +203,7 @@ def _value(cell: Any) -> Any:
     return cell.value if isinstance(cell, Cell) else cell
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(cell: Any) -> bool:
+    if isinstance(cell, Cell):
+        return cell.tone == "number" or _is_number(cell.value)
+    return isinstance(cell, int | float) and not isinstance(cell, bool)

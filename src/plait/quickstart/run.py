@@ -216,7 +216,7 @@ class _Run:
 
     def inspect(self, name: str) -> Facts:
         from plait.adapter.formats import read_adapter
-        from plait.evaluation.inspect import inspect_adapter
+        from plait.evaluation import inspect_adapter
 
         report = inspect_adapter(read_adapter(self.folder(name)))
         sites = [
