@@ -380,3 +380,38 @@ def test_the_tokenizer_of_smollm2_teaches_one_trained_here(tmp_path: Path) -> No
     seen = losses(model(len(target)), target, Distil(rows=str(out.path), ce=0.5))
     assert seen[-1] < 0.7 * seen[0]
     assert labels_of(encoded(target)[0]).dtype == torch.long
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_recipe_trains_on_the_rows_of_a_file(tmp_path: Path, packing: bool) -> None:
+    from plait.training.recipe import Recipe
+    from plait.training.trainer import train
+
+    tokenizer, data = byte_level(), DATA[-1:] * 2 + DATA[:3]
+    other = metaspace()
+    teacher = Teacher(model(len(other), 1), other)
+    path = fuse([teacher], data, tokenizer, tmp_path / "rows", template=False, max_length=64).path
+    seen = {}
+    for rules in ([], [{"distil": {"rows": str(path), "ce": 0.5}}]):
+        recipe = Recipe.make(
+            {
+                "output": str(tmp_path / f"out{len(rules)}"),
+                "options": {"rank": 2},
+                "rules": rules,
+                "template": False,
+                "max_length": 64,
+                "packing": packing,
+                "batch_size": 2,
+                "steps": 3,
+                "lr": 1e-2,
+                "parity": False,
+                "show_examples": 0,
+            }
+        )
+        result = train(
+            recipe, model=model(len(tokenizer)), tokenizer=tokenizer, data=data, quiet=True
+        )
+        adapter = plait.read_adapter(tmp_path / f"out{len(rules)}" / "adapter")
+        seen[len(rules)] = torch.cat([p.detach().flatten() for p in adapter.parameters()])
+        assert result is not None
+    assert not torch.allclose(seen[0], seen[1])

@@ -36,6 +36,8 @@ class Distil(Rule):
     ce: float = 0.9
     """Weight of the labels' cross-entropy (paper: 0.9); the teacher has the rest."""
 
+    splits_batches = False  # a mean over the micro-batch's own labels
+
     def __post_init__(self) -> None:
         if not 0 <= self.ce <= 1:
             raise PlaitError(f"distil: ce is a share in [0, 1], not {self.ce}.")
