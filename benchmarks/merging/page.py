@@ -21,8 +21,8 @@ HEAD = """# Every merge method on the same experts
 Made by `python -m benchmarks.merging --report` from `benchmarks/results/merging.jsonl`.
 
 Eight LoRAs of rank 8 on all-MiniLM-L6-v2 (22.6 M parameters, 36 linear layers), each trained for
-120 steps of 16 rows on one task: intents, sentiment, facts checked against evidence, spam,
-languages, emoji, books of the Bible, support in comments. An answer is the option whose embedding
+120 steps of 16 rows on one task: intents, sentiment, commands to a smart home, spam, languages,
+emoji, books of the Bible, support in comments. An answer is the option whose embedding
 by the untouched base is nearest to the text's, so no task has a head and every merge can be asked
 every task. Test rows: {rows} of each held-in task, {others} of every other.
 

@@ -6,11 +6,12 @@ the text (see `scorer`). So no task has a head of its own, and any merge can be 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from benchmarks.tasks import bigbench, emoji, kjv, spam, udhr
+from benchmarks.tasks import bigbench, emoji, home, kjv, spam, udhr
 from benchmarks.tasks.rows import Row, split
 
 Kind = Literal["held-in", "held-out", "general"]
@@ -55,12 +56,6 @@ def even(rows: Iterable[Row], count: int) -> list[Row]:
     return found[:count]
 
 
-def _claim_first(prompt: str) -> str:
-    """The encoder reads the first 40 tokens: what is asked has to stand among them."""
-    evidence, _, claim = prompt.partition("\nClaim:")
-    return f"{claim.strip()} Evidence: {evidence.strip()}"
-
-
 def _goal(prompt: str) -> str:
     return prompt.split("'", 1)[-1].rsplit("'", 1)[0]
 
@@ -74,11 +69,6 @@ FEELING = {
     "negative": "a negative opinion",
     "ambivalent": "a mixed opinion, both good and bad",
     "neutral": "a neutral statement without opinion",
-}
-FACTS = {
-    "True": "the evidence supports the claim",
-    "False": "the evidence refutes the claim",
-    "Neither": "the evidence does not say",
 }
 MAIL = {"spam": "spam, an unwanted advertisement", "ham": "an ordinary message between people"}
 SUPPORT = {
@@ -127,13 +117,7 @@ def all_tasks() -> list[Task]:
             lambda p: p.removeprefix("Utterance: "),
         ),
         Task("sentiment", "held-in", lambda: big("multiemo/products_sentence_en"), FEELING),
-        Task(
-            "facts",
-            "held-in",
-            lambda: big("vitaminc_fact_verification")[:12_000],
-            FACTS,
-            _claim_first,
-        ),
+        Task("home", "held-in", home.rows, {i: _words(i) for i in _intents()}),
         Task("spam", "held-in", lambda: spam.rows("easy"), MAIL),
         Task("language", "held-in", lambda: udhr.rows(LANGUAGES), _languages(LANGUAGES)),
         Task("emoji", "held-in", emoji.rows, CATEGORIES),
@@ -142,7 +126,7 @@ def all_tasks() -> list[Task]:
         Task("sentiment-hotels", "held-out", lambda: big("multiemo/hotels_sentence_en"), FEELING),
         Task("sentiment-german", "held-out", lambda: big("multiemo/products_sentence_de"), FEELING),
         Task(
-            "sentiment-spanish", "held-out", lambda: big("multiemo/products_sentence_es"), FEELING
+            "home-german", "held-out", lambda: home.rows("de"), {i: _words(i) for i in _intents()}
         ),
         Task("spam-later", "held-out", lambda: spam.rows("hard"), MAIL),
         Task(
@@ -175,6 +159,15 @@ def all_tasks() -> list[Task]:
         Task("alike", "general", lambda: big("similarities_abstraction")),
         Task("social", "general", lambda: big("social_iqa")),
     ]
+
+
+def _intents() -> list[str]:
+    return home.rows()[0]["choices"]
+
+
+def _words(intent: str) -> str:
+    """ "HassTurnOn" as "turn on"."""
+    return re.sub("([A-Z])", r" \1", intent.removeprefix("Hass")).strip().lower()
 
 
 def _finer() -> list[str]:

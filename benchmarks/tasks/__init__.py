@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-NAMES = ("bigbench", "digits", "emoji", "kjv", "spam", "udhr")
+NAMES = ("bigbench", "digits", "emoji", "home", "kjv", "spam", "udhr")
 
 
 def source(name: str) -> ModuleType:

@@ -92,10 +92,9 @@ def test_rows_are_even_over_answers() -> None:
     assert tasks.even(own, 3) == own[:3]
 
 
-def test_claims_come_before_their_evidence() -> None:
-    assert (
-        tasks._claim_first("It rained.\nClaim: It was wet.") == "It was wet. Evidence: It rained."
-    )
+def test_prompts_and_labels_are_worded_for_an_encoder() -> None:
+    assert tasks._words("HassSetVolume") == "set volume"
+    assert tasks._category("Food & Drink") == "food and drink"
     assert tasks._goal("The most reasonable goal of 'Don't wait' is ") == "Don't wait"
 
 

@@ -24,6 +24,7 @@ from benchmarks.tasks import (  # noqa: E402
     bigbench,
     digits,
     emoji,
+    home,
     kjv,
     spam,
     udhr,
@@ -228,6 +229,20 @@ def test_digits_are_drawn_and_kept_as_levels() -> None:
     assert digits.drawn([[0, 16], [8, 1.7]]) == " @\n=."
 
 
+def test_home_commands_ask_for_their_intent(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PLAIT_HOME", str(tmp_path))
+    made = tmp_path / "tasks" / "home-en"
+    made.mkdir(parents=True)
+    for part, said, intent in (("train", "lights on", "On"), ("test", "dark please", "Off")):
+        turns = [("system", "Home."), ("user", said), ("assistant", json.dumps({"intent": intent}))]
+        row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+        (made / f"{part}.jsonl").write_text(json.dumps(row) + "\n")
+    assert home.rows() == [
+        choice("lights on", ["Off", "On"], "On", part="train"),
+        choice("dark please", ["Off", "On"], "Off", part="test"),
+    ]
+
+
 def test_rows_can_be_asked_and_trained_on(tmp_path) -> None:
     rows = [choice("2 + 2 =", ["3", "4"], "4"), choice("1 + 1 =", ["2", "5"], "2", image=[1])]
     file = tmp_path / "rows.jsonl"
@@ -268,6 +283,6 @@ def test_the_command_goes_on_where_a_source_fails(registry, capsys) -> None:
 def test_every_source_states_its_licence() -> None:
     from benchmarks.tasks import source
 
-    assert {"bigbench", "spam", "kjv", "udhr", "digits", "emoji"} == set(NAMES)
+    assert {"bigbench", "digits", "emoji", "home", "kjv", "spam", "udhr"} == set(NAMES)
     for name in NAMES:
         assert "Licence:" in (source(name).__doc__ or "")
