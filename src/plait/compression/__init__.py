@@ -2,11 +2,23 @@
 
 `extract`: a full fine-tune as an adapter of its base. `squeeze`: an adapter at lower ranks.
 `pack`: an adapter's file in a few bits a number. `make_bank`: many adapters behind one basis.
+`prune`: a model without its least important heads and channels.
 """
 
 from plait.compression.bank import Bank, make_bank
 from plait.compression.extraction import extract
 from plait.compression.packing import Packed, pack
+from plait.compression.pruning import Pruned, load_pruned, prune
 from plait.compression.squeezing import squeeze
 
-__all__ = ["Bank", "Packed", "extract", "make_bank", "pack", "squeeze"]
+__all__ = [
+    "Bank",
+    "Packed",
+    "Pruned",
+    "extract",
+    "load_pruned",
+    "make_bank",
+    "pack",
+    "prune",
+    "squeeze",
+]

@@ -14,6 +14,7 @@ from plait.adapter.site import ConvSite, EmbeddingSite, LinearSite, TransposedLi
 from plait.adapter.targets import base_modules
 from plait.errors import PlaitError
 from plait.statistics.frozen import frozen, to_device
+from plait.structure import products, reshaping  # noqa: F401 (loaded, they register their rules)
 from plait.structure.axes import Axis, Dim, dim, hold, leaves
 from plait.structure.groups import Group, Slot, Structure
 from plait.structure.spread import CONSTANT, Call, Dims, spread, touched
