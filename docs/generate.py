@@ -16,7 +16,7 @@ BASE = "smollm2-135m"
 
 def methods_page() -> str:
     """The table of methods, by axis, from each method's own record."""
-    from plait.cli.methods_table import merge_rows, rows
+    from plait.cli.methods_table import merge_rows, rows, search_rows
 
     lines = [
         "# Methods",
@@ -37,6 +37,19 @@ def methods_page() -> str:
     lines += rules_together()
     lines += ["", "## Merging", "", "| name | what | paper |", "| --- | --- | --- |"]
     lines += [f"| `{r['name']}` | {r['title']} | {r['paper']} |" for r in merge_rows()]
+    lines += [
+        "",
+        "## Merging, with coefficients searched with data",
+        "",
+        "`plait search`, or `plait.search` in Python.",
+        "",
+        "| name | wants | what | paper |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| `{r['name']}` | {r['searches with']} | {r['title']} | {r['paper']} |"
+        for r in search_rows()
+    ]
     return "\n".join(lines) + "\n"
 
 

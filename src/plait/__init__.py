@@ -42,6 +42,7 @@ _HOME = {
     "read_adapter": "plait.adapter.formats",
     "register": "plait.adapter",
     "routing": "plait.adapter",
+    "search": "plait.merging.search",
     "squeeze": "plait.compression",
     "unfuse": "plait.adapter",
 }
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
     from plait.compression import extract, pack, squeeze  # noqa: F401
     from plait.errors import PlaitError  # noqa: F401
     from plait.merging import merge, merge_checkpoints  # noqa: F401
+    from plait.merging.search import search  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,9 @@ EXTRAS = {
     "reasoning_gym": "demo",
     "peft": "bench",
     "psutil": "bench",
+    "scipy": "search",
+    "cma": "search",
+    "pymoo": "search",
     "optuna": "compare",
     "ray": "ray",
 }

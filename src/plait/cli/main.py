@@ -33,6 +33,7 @@ from plait.cli import (
     merge,
     methods,
     quickstart,
+    search,
     show,
     train,
 )
@@ -68,6 +69,7 @@ for module in (
     chat,
     inspect,
     merge,
+    search,
     extract,
     compress,
     convert,

@@ -19,7 +19,12 @@ def methods(
         str | None,
         typer.Option(help=f"{BASE_HELP} Counts what each method would train on it by default."),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="List merge methods instead.")] = False,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="List merge methods instead, those that search with data too."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the methods, or describe one: formula, options with defaults, an example."""
@@ -29,7 +34,7 @@ def methods(
         one = show.describe_merge(name) if merge else show.describe(name, base)
         print(json.dumps(one, indent=2, default=str) if as_json else show.as_text(one))
         return
-    rows = show.merge_rows() if merge else show.rows(axis, base)
+    rows = show.all_merge_rows() if merge else show.rows(axis, base)
     if as_json:
         print(json.dumps(rows, indent=2, default=str))
     else:
@@ -54,5 +59,7 @@ def add(app: typer.Typer) -> None:
             "plait methods",
             "plait methods lora-xs",
             "plait methods --base smollm2-135m --axis parameterisation",
+            "plait methods --merge",
+            "plait methods adamerging --merge",
         ),
     )(methods)

@@ -16,6 +16,7 @@ from plait.cli.common import note
 from plait.errors import PlaitError
 from plait.merging import get_merge_method, merge_method_names
 from plait.merging.aliases import ALIASES
+from plait.merging.search import WANTS, get_search_method, make_search, search_method_names
 
 
 def rows(axis: str | None = None, base: str | None = None) -> list[dict[str, Any]]:
@@ -59,6 +60,24 @@ def merge_rows() -> list[dict[str, Any]]:
     return sorted(table, key=lambda row: row["name"])
 
 
+def search_rows() -> list[dict[str, Any]]:
+    """One row a method that searches a merge's coefficients with data, and what data it wants."""
+    found = []
+    for name in search_method_names():
+        method = get_search_method(name)
+        wants = WANTS[make_search(method, {}).wants]
+        found.append(
+            {"name": name, "searches with": wants, "title": method.title, "paper": method.paper}
+        )
+    return found
+
+
+def all_merge_rows() -> list[dict[str, Any]]:
+    """Both, with a column that is empty for merges without data."""
+    plain = [{"name": r["name"], "searches with": "", **r} for r in merge_rows()]
+    return plain + search_rows()
+
+
 def _skeleton(base: str) -> Any:
     from plait.cli.skeleton import skeleton
 
@@ -100,7 +119,10 @@ def describe(name: str, base: str | None = None) -> dict[str, Any]:
 
 
 def describe_merge(name: str) -> dict[str, Any]:
-    """One merge method in full."""
+    """One merge method in full, or one that searches with data."""
+    key = name.lower().replace("_", "-")
+    if key in search_method_names() and key not in merge_method_names():
+        return _describe_search(key)
     method = get_merge_method(name)
     return {
         "name": method.name,
@@ -113,6 +135,21 @@ def describe_merge(name: str) -> dict[str, Any]:
             for row in option_rows(method.merge)
         ],
         "example": f"plait merge out/a out/b --method {method.name} -o out/merged",
+    }
+
+
+def _describe_search(name: str) -> dict[str, Any]:
+    method = get_search_method(name)
+    wants = make_search(method, {}).wants
+    data = "--data sql=a.jsonl --data chat=b.jsonl" if wants != "loss" else "--data few.jsonl"
+    return {
+        "name": method.name,
+        "axis": f"merge, searched with {WANTS[wants]}",
+        "title": method.title,
+        "paper": method.paper,
+        "description": _docstring(method.search),
+        "options": option_rows(method.search),
+        "example": f"plait search out/sql out/chat -m {method.name} {data} -o out/searched",
     }
 
 

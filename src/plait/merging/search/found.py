@@ -36,6 +36,11 @@ class Found:
     front: Front | None = field(default=None, repr=False)
     """All of several tasks' compromises, of which this is one."""
 
+    @property
+    def summed(self) -> bool:
+        """Whether the result is the adapters' sum with `weights()`, and so `save` tells it all."""
+        return True
+
     def weights(self) -> list[dict[str, Weight]]:
         """{site path: weight} for each adapter."""
         return self.space.weights(self.coefficients.detach())

@@ -125,6 +125,10 @@ class MergedSpace(Coefficients):
 class FoundMerge(Found):
     """`coefficients` [2 k, g]: weights, then densities (see `MergedSpace`)."""
 
+    @property
+    def summed(self) -> bool:
+        return False
+
     def merged(
         self, name: str = "merged", rank: int | None = None, energy: float | None = None
     ) -> Adapter:

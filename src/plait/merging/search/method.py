@@ -65,7 +65,13 @@ def search_method_names() -> list[str]:
 
 
 def get_search_method(name: str) -> SearchMethod:
-    """The search method of that name (underscores count as hyphens); an error names the nearest."""
+    """The search method of that name (underscores count as hyphens); an error names the nearest,
+    or says that the method is one that merges without data."""
+    from plait.merging.method import merge_method_names
+
+    key = name.lower().replace("_", "-")
+    if key not in FOLDER.files and key in merge_method_names():
+        raise PlaitError(f"{key} merges without data: run `plait merge --method {key}`.")
     return FOLDER.get(name)
 
 
