@@ -129,7 +129,7 @@ def test_what_cannot_run_is_said_and_the_others_go_on(tmp_path: Path) -> None:
 
     found = hold(Broken(), "lora,dora", tmp_path, trials=1, seeds=2)
     assert "no dora here" in found["dora"].problem and found["lora"].score is not None
-    assert "Dora did not run" in found.advice
+    assert "Did not run: dora;" in found.advice
 
 
 def test_rates_that_diverge_lose_and_do_not_end_it(tmp_path: Path) -> None:

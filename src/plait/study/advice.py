@@ -29,11 +29,11 @@ def advise(found: Comparison) -> str:
     said.append(_sensitivity(found, scored))
     if (share := _parameter_spread(scored)) > 1.25:
         said.append(
-            f"Numbers of parameters differ by {share:.2g} x at the most: some sizes cannot be "
-            "matched more nearly."
+            f"Numbers of parameters differ by up to {round(share, 1 if share < 10 else None):,} x: "
+            "not every size can be matched."
         )
     if failed := [row.label for row in found.rows if row.problem]:
-        said.append(f"{_list(failed).capitalize()} did not run; the table says why.")
+        said.append(f"Did not run: {_list(failed)}; the table says why.")
     return " ".join(filter(None, said))
 
 

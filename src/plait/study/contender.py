@@ -17,6 +17,7 @@ from typing import Any
 from plait.adapter import get_method
 from plait.errors import PlaitError
 from plait.training.recipe import Recipe
+from plait.training.trainer import make_initializer
 
 AS_IT_STANDS = "recipe"
 
@@ -92,7 +93,8 @@ def parse_contender(text: str, shared: Recipe) -> Contender:
     if method is None:
         method = _carrier(rules, shared)
     made = Contender(text, method, options, start, rules)
-    made.recipe(shared)  # its options are checked here, before anything is loaded
+    made.recipe(shared)  # options are checked here, before anything is loaded
+    make_initializer(start)
     return made
 
 

@@ -204,7 +204,10 @@ def _rate(record: Record) -> dict[str, Any]:
 
 def _middle(records: Sequence[Record], key: str, otherwise: Any = None) -> Any:
     values = [r[key] for r in records if r.get(key) is not None]
-    return median(values) if values else otherwise
+    if not values:
+        return otherwise
+    middle = median(values)
+    return round(middle) if isinstance(values[0], int) else middle
 
 
 def _mean(values: Sequence[float]) -> float | None:
