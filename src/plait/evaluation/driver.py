@@ -11,12 +11,17 @@ from plait.adapter import activate
 from plait.adapter.state import find_state
 from plait.adapter.weighting import is_number
 from plait.errors import PlaitError, unknown
+from plait.evaluation import metrics as asked
 from plait.evaluation.generate import Advance
-from plait.evaluation.metrics import Asking, Scorer, answer_scores, choice_score, loss_scores
+from plait.evaluation.metrics import Asking, Scorer, choice_scores, loss_scores, text_scores
 from plait.evaluation.question import Question, read_questions
 from plait.evaluation.results import Evaluation, Result, Score
+from plait.evaluation.rows import Voices, can_share
+from plait.evaluation.texts import TEXT_METRICS
 
 METRICS = ("exact_match", "choice", "loss")
+"""What a search can climb; `evaluate` knows more."""
+KNOWN = (*TEXT_METRICS, "choice", "classification", "calibration", "loss")
 BASE = "base"
 
 Choice = str | Mapping[str, float]
@@ -35,6 +40,7 @@ def evaluate(
     max_length: int = 2048,
     template: bool = True,
     limit: int | None = None,
+    mixed: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Ask a causal language model questions and score its answers.
@@ -42,15 +48,19 @@ def evaluate(
     Args:
         examples: a .jsonl path, several, or rows, in the forms that training reads; rows with
             `choices` too (see `plait.evaluation.question`).
-        metrics: of "exact_match" (greedy answer equals the reference but for white space), "choice"
-            (the likeliest option per token is the right one), "loss" (and perplexity, on the
-            answers' tokens).
+        metrics: of written answers "exact_match" (equal but for white space), "f1", "rouge1",
+            "rouge2", "rougeL", "bleu", "chrf" (see `plait.evaluation.texts`); of options "choice"
+            (the likeliest per token is the right one), "classification" (that, and macro F1) and
+            "calibration" (that, and ECE, MCE, ACE of its probability); and "loss" (and perplexity,
+            on the answers' tokens).
         scorer: `(prediction, row) -> bool or number`, reported as "score" over the greedy answers.
         adapters: names, or {label: name or {name: weight}}, asked one after the other; "base" is
             the model without any. None asks it as it stands. What was active is active again after.
         batch_size, max_new_tokens, max_length: limits of generation, and of encoded examples.
         template: render rows with the tokenizer's chat template.
         limit: only the first so many examples.
+        mixed: ask all adapters in one pass, their rows side by side in every batch. Mixes of
+            adapters, and those that cannot serve single rows, are still asked one by one.
         progress: show a bar on stderr.
 
     Proportions carry Wilson's interval, losses and numbers a bootstrap over examples. Raises
@@ -58,52 +68,86 @@ def evaluate(
     """
     wanted = [metrics] if isinstance(metrics, str) else list(metrics)
     for name in wanted:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
+        if name not in KNOWN:
+            raise unknown("metric", name, KNOWN)
     if not wanted and scorer is None:
         raise PlaitError("there is nothing to measure; name a metric or give a scorer.")
     questions = read_questions(examples)[:limit]
-    scorers: dict[str, Scorer | None] = {"exact_match": None} if "exact_match" in wanted else {}
-    if scorer is not None:
-        scorers["score"] = scorer
+    scorers = {} if scorer is None else {"score": scorer}
     asking = Asking(model, tokenizer, batch_size, max_new_tokens, max_length, template)
     chosen = _choices(model, adapters)
     steps = _steps(questions, wanted, bool(scorers)) * len(chosen)
-    results = []
+    found: dict[str, Result] = {}
     with _kept(model), _bar(progress, steps) as advance:
-        for label, active in chosen.items():
-            if active is not None:
+        for labels, voices in _groups(model, chosen, mixed):
+            active = chosen[labels[0]]
+            if voices is None and active is not None:
                 activate(model, active)
-            results.append(_ask(label, questions, asking, wanted, scorers, advance))
+            for result in _ask(labels, voices, questions, asking, wanted, scorers, advance):
+                found[result.label] = result
     settings = {
-        "metrics": [*wanted, *(["score"] if scorer else [])],
+        "metrics": [*wanted, *scorers],
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "max_length": max_length,
         "template": template,
+        "mixed": mixed,
     }
-    return Evaluation(results, len(questions), settings)
+    return Evaluation([found[label] for label in chosen], len(questions), settings)
+
+
+def _groups(
+    model: Any, chosen: Mapping[str, Mapping[str, float] | None], mixed: bool
+) -> list[tuple[list[str], Voices | None]]:
+    """Labels that are asked together with their adapters' names, and the others one by one."""
+    together: dict[str, str | None] = {}
+    for label, weights in chosen.items() if mixed else ():
+        single = weights is not None and list(weights.values()) in ([], [1.0])
+        name = next(iter(weights or {}), None)
+        if single and can_share(model, name):
+            together[label] = name
+    if len(together) < 2:
+        together = {}
+    groups: list[tuple[list[str], Voices | None]] = []
+    groups += [([*together], [*together.values()])] if together else []
+    return groups + [([label], None) for label in chosen if label not in together]
 
 
 def _ask(
-    label: str,
+    labels: Sequence[str],
+    voices: Voices | None,
     questions: Sequence[Question],
     asking: Asking,
     metrics: Sequence[str],
-    scorers: Mapping[str, Scorer | None],
+    scorers: Mapping[str, Scorer],
     advance: Advance,
-) -> Result:
+) -> list[Result]:
+    """One result a label; what a pass took is shared out evenly among them."""
     started = time.perf_counter()
-    scores: dict[str, Score] = {}
-    predictions: list[str] = []
-    if scorers:
-        scores, predictions = answer_scores(questions, asking, scorers, advance)
-    if "choice" in metrics:
-        scores["choice"] = choice_score(questions, asking, advance)
+    texts = [m for m in metrics if m in TEXT_METRICS]
+    options = [m for m in metrics if m in ("choice", "classification", "calibration")]
+    scores: list[dict[str, Score]] = [{} for _ in labels]
+    values: list[dict[str, list[float]]] = [{} for _ in labels]
+    predictions: list[list[str]] = [[] for _ in labels]
+
+    def keep(judged: list[asked.Judged]) -> None:
+        for i, (score, value) in enumerate(judged):
+            scores[i] |= score
+            values[i] |= value
+
+    if texts or scorers:
+        predictions = asked.written(questions, asking, voices, advance)
+        keep([text_scores(questions, found, texts, scorers) for found in predictions])
+    if options:
+        picks = asked.chosen(questions, asking, voices, advance)
+        keep([choice_scores(questions, found, options) for found in picks])
     if "loss" in metrics:
-        scores |= loss_scores(questions, asking, advance)
-    seconds = time.perf_counter() - started
-    return Result(label, _active(asking.model), scores, seconds, predictions)
+        reads = asked.read(questions, asking, voices, advance)
+        keep([loss_scores(found, asking.max_length) for found in reads])
+    seconds = (time.perf_counter() - started) / len(labels)
+    active = [_active(asking.model)] if voices is None else [{v: 1.0} if v else {} for v in voices]
+    rows = zip(labels, active, scores, predictions, values, strict=True)
+    return [Result(name, on, score, seconds, said, each) for name, on, score, said, each in rows]
 
 
 def _choices(
@@ -142,8 +186,10 @@ def _number(weight: Any) -> Any:
 
 
 def _steps(questions: Sequence[Question], metrics: Sequence[str], generates: bool) -> int:
-    options = sum(len(q.choices) for q in questions) if "choice" in metrics else 0
-    return len(questions) * (generates + ("loss" in metrics)) + options
+    picks = {"choice", "classification", "calibration"} & set(metrics)
+    options = sum(len(q.choices) for q in questions) if picks else 0
+    writes = generates or any(m in TEXT_METRICS for m in metrics)
+    return len(questions) * (writes + ("loss" in metrics)) + options
 
 
 @contextlib.contextmanager

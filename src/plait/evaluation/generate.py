@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from plait.evaluation.rows import Voices, answering, grouped
+
 Advance = Callable[[int], None]
 
 
@@ -19,20 +21,24 @@ def greedy_answers(
     max_new_tokens: int = 64,
     batch_size: int = 16,
     special_tokens: bool = False,
+    voices: Voices | None = None,
     advance: Advance = lambda done: None,
 ) -> list[str]:
     """The model's most likely continuation of each prompt, up to its end-of-turn token.
 
     `special_tokens` lets the tokenizer add its own (for prompts that no chat template made).
+    `voices` names the adapter that answers each prompt (None: the base), all in one pass.
     `advance` is called with the number of prompts done. Order and padding do not change an answer
     (but for rounding).
     """
     encoded = [tokenizer(p, add_special_tokens=special_tokens)["input_ids"] for p in prompts]
     answers = [""] * len(prompts)
     with greedy_config(model, tokenizer, max_new_tokens), torch.inference_mode():
-        for chosen in batches_by_length([len(ids) for ids in encoded], batch_size):
+        for batch in batches_by_length([len(ids) for ids in encoded], batch_size):
+            chosen = grouped(batch, voices)
             ids, mask = pad_left([encoded[i] for i in chosen], pad_token(tokenizer))
-            out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
+            with answering(model, None if voices is None else [voices[i] for i in chosen]):
+                out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text

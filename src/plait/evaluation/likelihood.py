@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plait.evaluation.generate import Advance, batches_by_length, pad_left, pad_token
 from plait.evaluation.question import Question
+from plait.evaluation.rows import Voices, answering, grouped
 from plait.training.data import IGNORE, Encoded, encode
 
 
@@ -34,17 +35,22 @@ def likelihoods(
     items: Sequence[Encoded],
     *,
     batch_size: int = 16,
+    voices: Voices | None = None,
     advance: Advance = lambda done: None,
 ) -> list[Likelihood]:
     """Of each item's labelled tokens given what stands before them.
+
+    `voices` names the adapter that reads each item (None: the base), all in one pass.
 
     Rows are padded on the left, so that the answers line up on the right: where the model can, only
     their logits are computed (the vocabulary is what costs memory here).
     """
     found = [Likelihood(0.0, 0)] * len(items)
-    for chosen in batches_by_length([len(item) for item in items], batch_size):
+    for batch in batches_by_length([len(item) for item in items], batch_size):
+        chosen = grouped(batch, voices)
         rows = [items[i] for i in chosen]
-        nll = _batch_nll(model, rows, pad_token(tokenizer))
+        with answering(model, None if voices is None else [voices[i] for i in chosen]):
+            nll = _batch_nll(model, rows, pad_token(tokenizer))
         for i, value in zip(chosen, nll, strict=True):
             found[i] = Likelihood(value, items[i].trained)
         advance(len(chosen))

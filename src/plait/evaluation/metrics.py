@@ -1,4 +1,8 @@
-"""The metrics: each turns questions and a model into scores, in one pass over the examples."""
+"""The metrics: what a model says about questions, in one pass for each way of asking, and scores.
+
+Three ways of asking (`written`, `chosen`, `read`) give raw answers, one list for every voice (see
+`rows`); what they are worth is judged afterwards, as often as one likes.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from plait.errors import PlaitError
+from plait.evaluation import calibration
 from plait.evaluation.generate import Advance, greedy_answers
 from plait.evaluation.intervals import bootstrap, wilson
-from plait.evaluation.likelihood import best_choice, encode_choices, likelihoods
+from plait.evaluation.likelihood import Likelihood, best_choice, encode_choices, likelihoods
 from plait.evaluation.question import Question
 from plait.evaluation.results import Score
+from plait.evaluation.rows import Voices, by_voice, repeated
+from plait.evaluation.texts import POOLED, judge, pooled, same_text
 from plait.training.data import encode
+
+__all__ = ["Asking", "Pick", "Scorer", "chosen", "read", "same_text", "written"]
 
 Scorer = Callable[[str, Mapping[str, Any]], float | bool]
 """`(prediction, row) -> True / False, or a number`: whether the text answers the row."""
+
+RESAMPLED = 100
+"""Draws of a bootstrap that scores a whole set anew each time."""
 
 
 @dataclass(frozen=True)
@@ -31,80 +45,134 @@ class Asking:
     template: bool
 
 
-def same_text(prediction: str, answer: str) -> bool:
-    """Equal but for white space at the ends and its kind and amount between."""
-    return prediction.split() == answer.split()
+@dataclass(frozen=True)
+class Pick:
+    """The option taken, and how probable each is among them: softmax of log-likelihood a token."""
+
+    option: int
+    probabilities: tuple[float, ...]
 
 
-def answer_scores(
-    questions: Sequence[Question],
-    asking: Asking,
-    scorers: Mapping[str, Scorer | None],
-    advance: Advance,
-) -> tuple[dict[str, Score], list[str]]:
-    """Generates once and judges by every scorer (None: exact match); the predictions come along."""
-    predictions = greedy_answers(
+# -- asking ---------------------------------------------------------------------------------------
+
+
+def written(
+    questions: Sequence[Question], asking: Asking, voices: Voices | None, advance: Advance
+) -> list[list[str]]:
+    """Greedy answers to every question, one list a voice; one list where `voices` is None."""
+    prompts = [q.prompt(asking.tokenizer, asking.template) for q in questions]
+    items, who = (prompts, None) if voices is None else repeated(prompts, voices)
+    found = greedy_answers(
         asking.model,
         asking.tokenizer,
-        [q.prompt(asking.tokenizer, asking.template) for q in questions],
+        items,
         max_new_tokens=asking.max_new_tokens,
         batch_size=asking.batch_size,
         special_tokens=not asking.template,
+        voices=who,
         advance=advance,
     )
-    pairs = list(zip(predictions, questions, strict=True))
-    scores = {}
-    for name, scorer in scorers.items():
-        if scorer is None:
-            scores[name] = _mean(name, [same_text(p, q.answer) for p, q in pairs])
-        else:
-            scores[name] = _mean(name, [scorer(p, q.row) for p, q in pairs])
-    return scores, predictions
+    return by_voice(found, 1 if voices is None else len(voices))
 
 
-def _mean(name: str, values: Sequence[float | bool]) -> Score:
-    count, mean = len(values), sum(map(float, values)) / len(values)
-    if all(value in (0, 1) for value in values):
-        return Score(name, mean, *wilson(int(sum(values)), count), count, "wilson")
-    return Score(name, mean, *bootstrap([float(v) for v in values]), count, "bootstrap")
-
-
-def choice_score(questions: Sequence[Question], asking: Asking, advance: Advance) -> Score:
-    """How often the right option is the likeliest per token."""
+def chosen(
+    questions: Sequence[Question], asking: Asking, voices: Voices | None, advance: Advance
+) -> list[list[Pick]]:
+    """The likeliest option of every question by likelihood per token, one list a voice."""
     if bare := next((q for q in questions if not q.choices), None):
         raise PlaitError(
             f"{bare.example.origin or 'a row'} has no choices; metric 'choice' needs them in all."
         )
-    encoded = [
+    options = [
         encode_choices(q, asking.tokenizer, asking.max_length, asking.template) for q in questions
     ]
-    flat = [item for options in encoded for item in options]
-    found = iter(
-        likelihoods(
-            asking.model, asking.tokenizer, flat, batch_size=asking.batch_size, advance=advance
-        )
-    )
-    right = 0
-    for question, options in zip(questions, encoded, strict=True):
-        chosen = best_choice([next(found) for _ in options])
-        right += chosen == question.correct
-    count = len(questions)
-    return Score("choice", right / count, *wilson(right, count), count, "wilson")
+    flat = [item for group in options for item in group]
+    picks = []
+    for found in _likelihoods(flat, asking, voices, advance):
+        rest = iter(found)
+        picks.append([_pick([next(rest) for _ in group]) for group in options])
+    return picks
 
 
-def loss_scores(
-    questions: Sequence[Question], asking: Asking, advance: Advance
-) -> dict[str, Score]:
-    """Mean cross-entropy (nats) over the answers' tokens, and its exponential, the perplexity."""
+def read(
+    questions: Sequence[Question], asking: Asking, voices: Voices | None, advance: Advance
+) -> list[list[Likelihood]]:
+    """How likely each reference answer is, one list a voice."""
     items = [
         encode(q.example, asking.tokenizer, asking.max_length, asking.template) for q in questions
     ]
+    return _likelihoods(items, asking, voices, advance)
+
+
+def _likelihoods(
+    items: Sequence[Any], asking: Asking, voices: Voices | None, advance: Advance
+) -> list[list[Likelihood]]:
+    items, who = (items, None) if voices is None else repeated(items, voices)
     found = likelihoods(
-        asking.model, asking.tokenizer, items, batch_size=asking.batch_size, advance=advance
+        asking.model,
+        asking.tokenizer,
+        items,
+        batch_size=asking.batch_size,
+        voices=who,
+        advance=advance,
     )
+    return by_voice(found, 1 if voices is None else len(voices))
+
+
+def _pick(options: Sequence[Likelihood]) -> Pick:
+    logits = -np.array([o.per_token for o in options])
+    weights = np.exp(logits - logits.max())
+    return Pick(best_choice(options), tuple((weights / weights.sum()).tolist()))
+
+
+# -- judging --------------------------------------------------------------------------------------
+
+Judged = tuple[dict[str, Score], dict[str, list[float]]]
+"""Scores, and the numbers by example that they are made of."""
+
+
+def text_scores(
+    questions: Sequence[Question],
+    predictions: Sequence[str],
+    metrics: Sequence[str],
+    scorers: Mapping[str, Scorer],
+) -> Judged:
+    """Of written answers: the metrics of `texts`, and the caller's own scorers."""
+    scores: dict[str, Score] = {}
+    values: dict[str, list[float]] = {}
+    for name in metrics:
+        one = judge(name)
+        values[name] = [one(p, q.answer) for p, q in zip(predictions, questions, strict=True)]
+        scores[name] = _mean(name, values[name])
+        if name in POOLED:
+            scores[name] = _pooled(name, predictions, [q.answer for q in questions])
+    for name, scorer in scorers.items():
+        pairs = zip(predictions, questions, strict=True)
+        values[name] = [float(scorer(p, q.row)) for p, q in pairs]
+        scores[name] = _mean(name, values[name])
+    return scores, values
+
+
+def choice_scores(
+    questions: Sequence[Question], picks: Sequence[Pick], metrics: Sequence[str]
+) -> Judged:
+    """Of options taken: how often the right one, and where asked for macro F1 and calibration."""
+    right = [float(p.option == q.correct) for p, q in zip(picks, questions, strict=True)]
+    scores = {"choice": _mean("choice", right)}
+    if "classification" in metrics:
+        scores["macro_f1"] = _macro_f1(questions, picks)
+    if "calibration" in metrics:
+        confidence = [max(p.probabilities) for p in picks]
+        for name in ("ece", "mce", "ace"):
+            scores[name] = _calibration(name, confidence, right)
+    return scores, {"choice": right, "confidence": [max(p.probabilities) for p in picks]}
+
+
+def loss_scores(found: Sequence[Likelihood], max_length: int) -> Judged:
+    """Mean cross-entropy (nats) over the answers' tokens, and its exponential, the perplexity."""
     kept = [f for f in found if f.tokens]
     if not kept:
-        raise PlaitError(f"no answer fits into max_length={asking.max_length}; raise it.")
+        raise PlaitError(f"no answer fits into max_length={max_length}; raise it.")
     nll, tokens = [f.nll for f in kept], [f.tokens for f in kept]
     loss, (low, high) = sum(nll) / sum(tokens), bootstrap(nll, tokens)
     facts: dict[str, Any] = {
@@ -113,10 +181,66 @@ def loss_scores(
         "tokens": sum(tokens),
         "higher_is_better": False,
     }
-    return {
+    scores = {
         "loss": Score("loss", loss, low, high, **facts),
         "perplexity": Score("perplexity", _exp(loss), _exp(low), _exp(high), **facts),
     }
+    return scores, {"loss": [f.per_token if f.tokens else math.nan for f in found]}
+
+
+def _mean(name: str, values: Sequence[float]) -> Score:
+    count, mean = len(values), sum(values) / len(values)
+    if all(value in (0, 1) for value in values):
+        return Score(name, mean, *wilson(int(sum(values)), count), count, "wilson")
+    return Score(name, mean, *bootstrap(values), count, "bootstrap")
+
+
+def _pooled(name: str, predictions: Sequence[str], answers: Sequence[str]) -> Score:
+    value = pooled(name, predictions, answers)
+    low, high = _resampled(
+        len(answers),
+        lambda index: pooled(name, [predictions[i] for i in index], [answers[i] for i in index]),
+    )
+    return Score(name, value, low, high, len(answers), "bootstrap")
+
+
+def _macro_f1(questions: Sequence[Question], picks: Sequence[Pick]) -> Score:
+    """The mean over classes of F1, for questions that all have the same choices."""
+    classes = sorted(questions[0].choices)
+    if odd := next((q for q in questions if sorted(q.choices) != classes), None):
+        raise PlaitError(
+            f"{odd.example.origin or 'a row'} has other choices than the first row; metric "
+            "'classification' needs the same in all (use 'choice')."
+        )
+    mine = np.array([q.choices[p.option] for q, p in zip(questions, picks, strict=True)])
+    right = np.array([q.answer for q in questions])
+
+    def value(index: np.ndarray[Any, Any]) -> float:
+        said, true = mine[index], right[index]
+        both = [((said == c) & (true == c)).sum() for c in classes]
+        either = [(said == c).sum() + (true == c).sum() for c in classes]
+        f1 = [2 * b / e for b, e in zip(both, either, strict=True) if e]
+        return float(np.mean(f1))
+
+    count = len(questions)
+    low, high = _resampled(count, value)
+    return Score("macro_f1", value(np.arange(count)), low, high, count, "bootstrap")
+
+
+def _calibration(name: str, confidence: Sequence[float], right: Sequence[float]) -> Score:
+    said, true = np.array(confidence), np.array(right)
+    measure = getattr(calibration, name)
+    low, high = _resampled(len(true), lambda index: measure(said[index], true[index]))
+    value = measure(said, true)
+    return Score(name, value, low, high, len(true), "bootstrap", higher_is_better=False)
+
+
+def _resampled(count: int, value: Callable[[Any], float]) -> tuple[float, float]:
+    """The percentile bootstrap of a number that is no mean."""
+    random = np.random.default_rng(0)
+    found = [value(random.integers(0, count, count)) for _ in range(RESAMPLED)]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _exp(loss: float) -> float:

@@ -40,6 +40,8 @@ class Result:
     scores: dict[str, Score]
     seconds: float
     predictions: list[str] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    """By metric, the number of every example (of a choice also the `confidence`)."""
 
 
 @dataclass
