@@ -186,6 +186,21 @@ def test_inner_products_of_chunks_are_those_of_dense_pieces() -> None:
             torch.testing.assert_close(gram[group], expected)
 
 
+@pytest.mark.parametrize("name", ["adamerging", "fw-merging", "lora-soups"])
+def test_methods_that_follow_gradients_take_chunks(name: str) -> None:
+    net = network()
+    data = planted(net, {"one": 0.7, "two": 0.25})[:1]
+    if name == "adamerging":
+        data = [{"x": batch["x"]} for batch in data]
+    options = {"grouping": "layer", "chunks": {"layers.*": 2}, "along": "columns", "steps": 2}
+    found = search(net, NAMES, name, data, loss=squared, **options)
+    assert found.space.shape == (2, 2 + 2 + 1)
+    found.activate()
+    attached = net(inputs(9)).logits.detach()
+    changes = {path: d.dense() for path, d in found.merged().deltas.items()}
+    torch.testing.assert_close(answers(changes), attached)
+
+
 # -- Expert Merging++ ----------------------------------------------------------------------------
 
 

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 from plait.errors import PlaitError
 from plait.merging.records import Folder, keywords, make_options
+from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
+from plait.merging.search.groups import Along, Grouping
 from plait.merging.search.problem import Problem, Wants
 
 Self = TypeVar("Self", bound="Search")
@@ -44,6 +46,25 @@ class Search:
             {"evaluations": evaluations} if "evaluations" in names else {"steps": evaluations - 1}
         )
         return dataclasses.replace(self, **spent)  # type: ignore[type-var]
+
+
+@dataclass
+class Grouped(Search):
+    """A search whose user chooses how finely coefficients are shared."""
+
+    grouping: Grouping = "layer"
+    """What shares a coefficient: all of an "adapter", a "layer", or nothing ("site")."""
+    chunks: int | Mapping[str, int] = 1
+    """Even pieces of each site's rows (or columns) with coefficients of their own, for all sites or
+    as {site pattern: pieces}; 0 pieces hold a site at the start."""
+    along: Along = "rows"
+    """Pieces of "rows" or "columns"."""
+
+    def space(self, problem: Problem, **more: Any) -> Coefficients:
+        """The coefficients; `more` is of form, start and bounds."""
+        given: dict[str, Any] = {"grouping": self.grouping, "chunks": self.chunks}
+        given |= {"along": self.along} | more
+        return Coefficients(problem.model, problem.names, **given)
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
 from plait.merging.search.gradient import descend
 from plait.merging.search.groups import Grouping
-from plait.merging.search.method import Search, SearchMethod
+from plait.merging.search.method import Grouped, SearchMethod
 from plait.merging.search.objectives import entropy
 from plait.merging.search.problem import Problem
 
 
 @dataclass
-class AdaMerging(Search):
+class AdaMerging(Grouped):
     grouping: Grouping = "layer"
     """What shares a coefficient: "adapter" (the paper's task-wise), "layer" (its layer-wise) or
     "site"."""
@@ -41,9 +40,7 @@ class AdaMerging(Search):
 
     def find(self, problem: Problem) -> Found:
         bounds = (0.0, 1.0) if self.clamp else None
-        space = Coefficients(
-            problem.model, problem.names, grouping=self.grouping, start=self.start, bounds=bounds
-        )
+        space = self.space(problem, start=self.start, bounds=bounds)
         objective = entropy(problem.inputs(), problem.logits, seed=problem.seed)
         return descend(space, objective, steps=self.steps, lr=self.lr, log=problem.log)
 

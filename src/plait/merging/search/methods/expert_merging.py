@@ -30,25 +30,23 @@ from torch import Tensor, nn
 from plait.adapter import adapters, low_rank_of
 from plait.errors import PlaitError
 from plait.merging.search.alignment import alignment
-from plait.merging.search.coefficients import Coefficients, Form
+from plait.merging.search.coefficients import Form
 from plait.merging.search.found import Found
 from plait.merging.search.gradient import descend
-from plait.merging.search.groups import Along, Chunks, Grouping, layer_of
-from plait.merging.search.method import Search, SearchMethod
+from plait.merging.search.groups import Chunks, Grouping, layer_of
+from plait.merging.search.method import Grouped, SearchMethod
 from plait.merging.search.objectives import Objective
 from plait.merging.search.problem import Problem
 from plait.merging.search.trials import Log
 
 
 @dataclass
-class ExpertMerging(Search):
+class ExpertMerging(Grouped):
     grouping: Grouping = "site"
     """What shares a coefficient (paper: nothing, one for each site)."""
     chunks: int | Mapping[str, int] = 1
     """Most pieces of a site with coefficients of their own (++: above 1, in two rounds), or {site
     pattern: pieces} in one round; 0 pieces hold a site at the start."""
-    along: Along = "rows"
-    """Pieces of "rows" or "columns"."""
     hold: bool = False
     """++: sites whose pieces round to 0 are held at the start; else they keep one coefficient."""
     form: Form = "sigmoid"
@@ -125,15 +123,7 @@ class ExpertMerging(Search):
         return blocks[len(blocks) // 2 :][:1]
 
     def _round(self, problem: Problem, objective: Objective, chunks: Chunks, log: Log) -> Found:
-        space = Coefficients(
-            problem.model,
-            problem.names,
-            grouping=self.grouping,
-            chunks=chunks,
-            along=self.along,
-            form=self.form,
-            start=self.start,
-        )
+        space = self.space(problem, chunks=chunks, form=self.form, start=self.start)
 
         def penalty(c: Tensor) -> Tensor:
             return self.beta * len(c) * (c - self.start).abs().mean()

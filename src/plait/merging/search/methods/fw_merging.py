@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from plait.errors import unknown
-from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
 from plait.merging.search.frank_wolfe import Oracle, frank_wolfe
 from plait.merging.search.groups import Grouping
-from plait.merging.search.method import Search, SearchMethod
+from plait.merging.search.method import Grouped, SearchMethod
 from plait.merging.search.objectives import entropy
 from plait.merging.search.problem import Problem
 
 
 @dataclass
-class FwMerging(Search):
+class FwMerging(Grouped):
     steps: int = 10
     """Steps, each towards one adapter (paper: 10)."""
     step_size: float = 1.0
@@ -58,7 +57,7 @@ class FwMerging(Search):
             else entropy(problem.inputs(), problem.logits, seed=problem.seed)
         )
         return frank_wolfe(
-            Coefficients(problem.model, problem.names, grouping=self.grouping, start=self.start),
+            self.space(problem, start=self.start),
             objective,
             steps=self.steps,
             step_size=self.step_size,

@@ -12,16 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from plait.merging.search.coefficients import Coefficients
 from plait.merging.search.found import Found
 from plait.merging.search.gradient import descend
 from plait.merging.search.groups import Grouping
-from plait.merging.search.method import Search, SearchMethod
+from plait.merging.search.method import Grouped, SearchMethod
 from plait.merging.search.problem import Problem
 
 
 @dataclass
-class LoraSoups(Search):
+class LoraSoups(Grouped):
     form: Literal["softmax", "free"] = "softmax"
     """"softmax" (the released code's: weights add up to 1) or "free" (the paper's text)."""
     grouping: Grouping = "layer"
@@ -34,7 +33,7 @@ class LoraSoups(Search):
     gradient = True
 
     def find(self, problem: Problem) -> Found:
-        space = Coefficients(problem.model, problem.names, grouping=self.grouping, form=self.form)
+        space = self.space(problem, form=self.form)
         count = sum(map(len, problem.tasks.values())) if self.steps is None else self.steps
         return descend(
             space,
