@@ -13,6 +13,8 @@ from plait.merging.checkpoints import holds_checkpoint
 from plait.merging.work import Model
 
 HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PARTS = frozenset(("model", "lora"))
+"""Keys of a reference that is written out."""
 Find = Callable[[str], str | None]
 """A further place to look a name up in; None where it is not there."""
 
@@ -52,7 +54,7 @@ class Reference:
             if not plus or Path(text).exists():
                 return cls(Place.parse(text))
             return cls(Place.parse(model), Place.parse(lora))
-        if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
+        if isinstance(value, Mapping) and "model" in value and set(value) <= PARTS:
             added = value.get("lora")
             return cls(_place(value["model"]), None if added is None else _place(added))
         if isinstance(value, Mapping) and "path" in value:
