@@ -18,7 +18,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +139,14 @@ class Bench:
         model.eval()
         at = time.perf_counter()
         loss = self._validate(model)
-        between, scores = time.perf_counter(), []
-        with suppress(OutOfTime):
+        between, scores, cut = time.perf_counter(), [], False
+        try:
             for value in self._scores(model, deadline):
                 scores.append(round(value, 6))
+        except OutOfTime:
+            cut = True
         return {
+            "cut": cut,
             "loss": loss,
             "validate_seconds": round(between - at, 4),
             "scores": scores,
