@@ -14,15 +14,16 @@ from plait.study.search import LogGrid, OptunaSearch, spaced
 
 
 def test_rates_are_even_in_the_logarithm_and_begin_in_the_middle() -> None:
-    found = spaced((1e-4, 1e-1), 4)
-    assert sorted(found) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1])
-    assert {found[0], found[1]} == {1e-3, 1e-2}
+    found = spaced((1e-4, 1e0), 4)
+    assert sorted(found) == pytest.approx([10**-3.5, 10**-2.5, 10**-1.5, 10**-0.5], rel=0.01)
+    assert {found[0], found[1]} == {0.00316, 0.0316}
     assert spaced((1e-4, 1e-2), 1) == [1e-3]
 
 
 def test_the_grid_gives_each_rate_once() -> None:
-    grid = LogGrid((1e-4, 1e-2), 3)
-    assert sorted(grid.ask() for _ in range(3)) == pytest.approx([1e-4, 1e-3, 1e-2])
+    grid = LogGrid((1e-4, 1e-1), 3)
+    expected = [10**-3.5, 10**-2.5, 10**-1.5]
+    assert sorted(grid.ask() for _ in range(3)) == pytest.approx(expected, rel=0.01)
 
 
 def loss(rate: float) -> float:

@@ -19,12 +19,13 @@ def advise(found: Comparison) -> str:
     if verdict is None or not scored:
         return "No method could be scored within the budget: give more time or fewer methods."
     said = [_choice(found, scored, metric)]
+    said.append(_beside_base(found))
     edges = [row.label for row in scored if row.at_edge]
     if edges:
-        verb = "lies" if len(edges) == 1 else "lie"
+        rates = "rate" if len(edges) == 1 else "rates"
         said.append(
-            f"The best learning rate of {_list(edges)} {verb} at the edge of what was tried; a "
-            "wider --lr may do better."
+            f"Best learning {rates} at the edge of what was tried: {_list(edges)}; more trials or "
+            "a wider --lr may do better."
         )
     said.append(_sensitivity(found, scored))
     if (share := _parameter_spread(scored)) > 1.25:
@@ -58,6 +59,19 @@ def _choice(found: Comparison, scored: Sequence[Row], metric: str) -> str:
     tied = [row for row in scored if row.label in verdict.tied]
     whole = "all methods" if len(tied) == len(scored) else _list([r.label for r in tied])
     return f"Differences in {metric} between {whole} lie within noise: no winner. {_cheapest(tied)}"
+
+
+def _beside_base(found: Comparison) -> str:
+    """A word of warning where even the leader is no better than no adapter at all."""
+    assert found.verdict is not None
+    base, leader = found.base_score, found.verdict.means[found.verdict.leader]
+    sign = 1 if found.task["higher_is_better"] else -1
+    if base is None or sign * (leader - base) > 0:
+        return ""
+    return (
+        f"None is better than the base alone ({base:.3g}): the trials may be too short, so give "
+        "a longer budget before choosing."
+    )
 
 
 def _second(found: Comparison) -> str:

@@ -46,28 +46,34 @@ def _score_row(found: Comparison, row: Row) -> list[Any]:
     gap = found.gap(row.label)
     tone = {"wins": "good", "worse": "bad", "undecided": "warn"}.get(gap, "")
     behind = None if found.verdict is None else found.verdict.against_leader(row.label)
-    sign = 1 if found.task["higher_is_better"] else -1
     return [
         row.label,
         None if row.score is None else row.score.mean,
         _bounds(row.score) if row.score else row.problem or "no finalist",
         len(row.seeds) or None,
         Cell(gap, tone),  # type: ignore[arg-type]
-        "" if behind is None else _signed(behind.interval, sign),
+        "" if behind is None else _size_of(behind.interval),
         row.loss,
-        "–" if row.lr is None else f"{row.lr:.3g}" + (" (edge)" if row.at_edge else ""),
+        "–" if row.lr is None else f"{row.lr:.3g}" + ("\u00a0(edge)" if row.at_edge else ""),
     ]
 
 
-def _signed(inside: Any, sign: int) -> str:
+def _size_of(inside: Any) -> str:
     text = f"{abs(inside.mean):.3g}"
-    return text if math.isnan(inside.low) else f"{text} [{inside.low:.3g}, {inside.high:.3g}]"
+    if math.isnan(inside.low):
+        return text
+    return _together(f"{text} [{inside.low:.3g}, {inside.high:.3g}]")
 
 
 def _bounds(inside: Any) -> str:
     if math.isnan(inside.low):
         return "one seed: none"
-    return f"{inside.low:.4g} to {inside.high:.4g}"
+    return _together(f"{inside.low:.4g} to {inside.high:.4g}")
+
+
+def _together(text: str) -> str:
+    """On one line, however narrow the column."""
+    return text.replace(" ", "\u00a0")
 
 
 def _how() -> Text:

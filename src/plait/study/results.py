@@ -171,7 +171,7 @@ def _row(
         step_seconds=steps if steps is not None else facts.get("step_seconds"),
         train_seconds=median(training) if training else None,
         peak_memory=_middle(shown, "peak_memory", facts.get("peak_memory")),
-        at_edge=best is not None and len(rates) > 1 and best["lr"] in (rates[0], rates[-1]),
+        at_edge=best is not None and len(rates) > 2 and best["lr"] in (rates[0], rates[-1]),
         problem=problem,
     )
 

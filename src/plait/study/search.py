@@ -26,12 +26,9 @@ class Search(Protocol):
 
 
 def spaced(span: Range, count: int) -> list[float]:
-    """`count` rates with even logarithms over `span`, ends included, from the middle outwards.
-
-    One alone stands in the middle.
-    """
+    """The middles of `count` even parts of log `span`, from the middle of it outwards."""
     low, high = (math.log(x) for x in span)
-    places = [(i + 0.5) / count if count < 2 else i / (count - 1) for i in range(count)]
+    places = [(i + 0.5) / count for i in range(count)]
     order = sorted(places, key=lambda p: (abs(p - 0.5), p))
     return [tidy(math.exp(low + p * (high - low))) for p in order]
 
@@ -59,7 +56,7 @@ class OptunaSearch:
 
     def __init__(self, span: Range, trials: int, seed: int = 0) -> None:
         optuna = import_optuna()
-        first = max(1, math.ceil(2 * trials / 3))
+        first = trials if trials < 5 else math.ceil(2 * trials / 3)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(n_startup_trials=first, seed=seed)
         self.study: Any = optuna.create_study(sampler=sampler)
