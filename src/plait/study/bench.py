@@ -294,8 +294,8 @@ def checksum(model: nn.Module) -> int:
     """Of the bits of every parameter and buffer."""
     found = 0
     for _, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        flat = tensor.detach().contiguous().flatten().cpu()
-        found = zlib.crc32(flat.view(torch.uint8).numpy(), found)
+        bits: Any = tensor.detach().contiguous().flatten().cpu().view(torch.uint8).numpy()
+        found = zlib.crc32(bits, found)
     return found
 
 

@@ -72,13 +72,11 @@ def parse_contenders(words: str | Sequence[str | Contender], shared: Recipe) -> 
 def parse_contender(text: str, shared: Recipe) -> Contender:
     """One contender, its recipe checked."""
     if text == AS_IT_STANDS:
-        options, start = dict(shared.options), shared.initializer
-        start = {start: {}} if isinstance(start, str) else start
-        rules = [{r: {}} if isinstance(r, str) else r for r in shared.rules]
-        return Contender(text, shared.method, options, start, rules)
+        return _as_it_stands(shared)
     method: str | None = None
-    options, rules = {}, []
-    start = None
+    options: dict[str, Any] = {}
+    rules: list[dict[str, Any]] = []
+    start: dict[str, dict[str, Any]] | None = None
     for piece in text.split("+"):
         name, given = _piece(piece)
         kind = get_method(name) if name != "none" else None
@@ -96,6 +94,18 @@ def parse_contender(text: str, shared: Recipe) -> Contender:
     made.recipe(shared)  # options are checked here, before anything is loaded
     make_initializer(start)
     return made
+
+
+def _as_it_stands(shared: Recipe) -> Contender:
+    start = shared.initializer
+    rules: list[dict[str, Any]] = [{r: {}} if isinstance(r, str) else r for r in shared.rules]
+    return Contender(
+        AS_IT_STANDS,
+        shared.method,
+        dict(shared.options),
+        {start: {}} if isinstance(start, str) else start,
+        rules,
+    )
 
 
 def _carrier(rules: Sequence[dict[str, Any]], shared: Recipe) -> str:
