@@ -75,10 +75,10 @@ def evaluate(
     questions = read_questions(examples)[:limit]
     scorers = {} if scorer is None else {"score": scorer}
     asking = Asking(model, tokenizer, batch_size, max_new_tokens, max_length, template)
-    chosen = _choices(model, adapters)
+    chosen = choices_of(model, adapters)
     steps = _steps(questions, wanted, bool(scorers)) * len(chosen)
     found: dict[str, Result] = {}
-    with _kept(model), _bar(progress, steps) as advance:
+    with kept(model), _bar(progress, steps) as advance:
         for labels, voices in _groups(model, chosen, mixed):
             active = chosen[labels[0]]
             if voices is None and active is not None:
@@ -150,7 +150,7 @@ def _ask(
     return [Result(name, on, score, seconds, said, each) for name, on, score, said, each in rows]
 
 
-def _choices(
+def choices_of(
     model: Any, adapters: Sequence[str] | Mapping[str, Choice] | None
 ) -> dict[str, Mapping[str, float] | None]:
     """{label: {adapter: weight}}; None leaves the model as it stands."""
@@ -193,7 +193,7 @@ def _steps(questions: Sequence[Question], metrics: Sequence[str], generates: boo
 
 
 @contextlib.contextmanager
-def _kept(model: Any) -> Iterator[None]:
+def kept(model: Any) -> Iterator[None]:
     """The model in eval mode within, and after it in the mode and with the adapters of before."""
     state = find_state(model)
     before = None if state is None or state.fused is not None else dict(state.active)
