@@ -1,4 +1,4 @@
-"""`plait merge`: several adapters into one."""
+"""`plait merge`: several adapters into one, models into a checkpoint, or what a recipe says."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from plait.cli.common import BASE_HELP, Shelf, examples, on_terminal, open_base, read_settings
-from plait.cli.convert import dropped_line, size_of
+from plait.cli.common import BASE_HELP, examples, read_settings
 from plait.errors import PlaitError
+
+RECIPES = (".yaml", ".yml")
 
 
 def merge(
-    adapters: Annotated[
+    inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Adapters of any format; with --into models too."),
+        typer.Argument(
+            metavar="INPUT...",
+            help="Adapters of any format; models; or one recipe (.yaml, also mergekit's).",
+        ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", help="Where to write the result.")],
-    method: Annotated[str, typer.Option(help="See `plait methods --merge`.")] = "linear",
+    method: Annotated[
+        str | None, typer.Option(help="See `plait methods --merge`; else linear.")
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -31,6 +37,13 @@ def merge(
     ] = None,
     space: Annotated[
         str | None, typer.Option(help="factors, aligned or delta; else the method's best.")
+    ] = None,
+    statistics: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For methods that need some: a file of plait.merging.statistics for each input, "
+            "in their order (repeat)."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
     rank: Annotated[int | None, typer.Option(help="Cut every site to this rank.")] = None,
@@ -49,79 +62,82 @@ def merge(
         str | None,
         typer.Option(help="A base model's folder: write it with the merge in, tensor by tensor."),
     ] = None,
-    processes: Annotated[int, typer.Option(help="With --into: writers at the same time.")] = 1,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: where a recipe's model lies, if not there (repeat)."),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Of models: writers at the same time.")] = 1,
+    shard_size: Annotated[float, typer.Option(help="Of models: gigabytes a file.")] = 5.0,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write merge.json and merge.png (a heat map) here: norms, cosines, conflicts of "
+            "sign and energy dropped, site by site."
+        ),
+    ] = None,
 ) -> None:
-    """Merge adapters of one base into a plain LoRA, or adapters and models into a checkpoint."""
+    """Merge adapters of one base into a plain LoRA, models into a checkpoint, or run a recipe.
+
+    A recipe is mergekit's YAML as it is (models, slices, gradients, filters, tokenizers), or one
+    with Plait's methods; of adapters it gives an adapter. A merge of models that was interrupted
+    goes on when the same command is run again.
+    """
+    from plait.cli import merge_run
+
+    is_recipe = any(path.endswith(RECIPES) for path in inputs)
     options = _options(setting or [])
     if density is not None:
         options["density"] = density
-    found = read_weights(weights) if weights is not None else None
-    parts = found if isinstance(found, list) else None
-    if into is not None and isinstance(found, dict):
-        raise PlaitError(f"{weights} holds weights by site, for adapters; leave out --into.")
-    if into is not None:
-        _into(adapters, out, method, parts, into, seed, processes, options)
-        return
-    import plait
-
-    sources: list[Any] = list(adapters)
-    if base is not None:
-        model = open_base(base)[0]
-        names = [Shelf(model).name(path) for path in adapters]
-        sources = [plait.adapters(model)[n] for n in names]
-    by_site: list[Any] | None = None
-    if isinstance(found, dict):
-        sources, by_site = _stored(sources, found, str(weights))
-    merged = plait.merge(
-        sources,
-        method,
-        parts if by_site is None else by_site,
+    asked = merge_run.Asked(
+        inputs=inputs,
+        out=out,
+        method=method or "linear",
+        weights=read_weights(weights) if weights is not None else None,
+        options=options,
+        statistics=statistics or None,
         space=space,
         rank=rank,
         energy=energy,
-        seed=seed,
+        to=to,
         name=name or name_from(out),
-        progress=on_terminal(),
-        **options,
-    )
-    ranks = sorted({getattr(d, "rank", 0) for d in merged.deltas.values()})
-    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-    facts = merged.info["merge"]
-    used = ", ".join("by site" if isinstance(w, dict) else f"{w:g}" for w in facts["weights"])
-    print(f"merged {len(sources)} adapters ({method} in {facts['space']}, weights {used})")
-    print(f"{len(merged.deltas)} sites, rank {span}, {merged.num_parameters():,} parameters")
-    print(dropped_line(merged.info["dropped_energy"]))
-    written = merged.save(out, format=to)
-    print(f"wrote {written} ({to}, {size_of(Path(written))})")
-
-
-def _into(
-    inputs: list[str],
-    out: str,
-    method: str,
-    weights: list[float] | None,
-    base: str,
-    seed: int,
-    processes: int,
-    options: dict[str, Any],
-) -> None:
-    """Merge into a checkpoint; a base may be given by its short name."""
-    import plait
-    from plait.training.bases import get_base
-
-    written = plait.merge_checkpoints(
-        inputs,
-        out,
-        method,
-        weights,
-        base=get_base(base),
+        base=base,
+        into=into,
         seed=seed,
         processes=processes,
-        progress=on_terminal(),
-        **options,
+        shard_size=shard_size,
+        report=report,
     )
-    print(f"merged {len(inputs)} inputs into {base} ({method})")
-    print(f"wrote {written} ({size_of(Path(written))}); facts on every tensor in merge.json")
+    if is_recipe:
+        said = (method, weights, density, space, statistics, rank, energy, setting, base, into)
+        _check_recipe(inputs, said)
+        merge_run.merge_recipe(asked, _pairs(model or []))
+    elif model:
+        raise PlaitError("--model says where a recipe's models lie; name a recipe (.yaml).")
+    elif into is not None or (base is None and merge_run.holds_models(inputs)):
+        merge_run.merge_models(asked)
+    else:
+        merge_run.merge_adapters(asked, weights)
+
+
+def _check_recipe(inputs: list[str], said: tuple[Any, ...]) -> None:
+    """A recipe says everything but where, how fast and from which seed."""
+    if len(inputs) > 1:
+        raise PlaitError(f"a recipe is merged alone, not with {len(inputs) - 1} other inputs.")
+    if any(value is not None and value != [] for value in said):
+        raise PlaitError(
+            f"{inputs[0]} says what is merged and how; leave out the options but --seed, --model, "
+            "--to, --processes, --shard-size and --report."
+        )
+
+
+def _pairs(words: list[str]) -> dict[str, str]:
+    found = {}
+    for word in words:
+        key, equals, folder = word.partition("=")
+        if not equals or not key or not folder:
+            raise PlaitError(f"--model {word!r}: write NAME=FOLDER.")
+        found[key] = folder
+    return found
 
 
 def _options(words: list[str]) -> dict[str, Any]:
@@ -147,21 +163,6 @@ def read_weights(text: str) -> list[float] | dict[str, Any]:
     return read_coefficients(text)
 
 
-def _stored(sources: list[Any], found: dict[str, Any], file: str) -> tuple[list[Any], list[Any]]:
-    """The adapters in the file's order of names, and their weights by site."""
-    from plait.cli.search_run import distinct
-    from plait.merging.search.stored import fold
-    from plait.merging.sources import read_sources
-
-    adapters = read_sources(sources)
-    names = distinct([adapter.name for adapter in adapters])
-    if set(names) != set(found):
-        raise PlaitError(
-            f"{file} has weights for {', '.join(found)}; the adapters are {', '.join(names)}."
-        )
-    return fold(adapters, [found[name] for name in names])
-
-
 def parse_weights(text: str) -> list[float]:
     """`1,0.5,-0.2` as numbers."""
     try:
@@ -178,7 +179,7 @@ def name_from(out: str) -> str:
 
 def add(app: typer.Typer) -> None:
     app.command(
-        short_help="Several adapters into one.",
+        short_help="Several adapters or models into one, or a recipe.",
         epilog=examples(
             "plait merge out/sql out/french -o out/both",
             "plait merge a b c --weights 1,0.5,-0.2 --rank 16 -o out/abc",
@@ -186,5 +187,6 @@ def add(app: typer.Typer) -> None:
             "plait merge a b c --method ties --density 0.3 -o out/ties",
             "plait merge out/sql out/french --weights out/both/coefficients.json -o out/again",
             "plait merge model-a model-b a --method ties --into base-model -o out/model",
+            "plait merge recipe.yaml -o out/model --report out/report",
         ),
     )(merge)

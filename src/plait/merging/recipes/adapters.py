@@ -12,10 +12,10 @@ from typing import Any
 from plait.adapter import Adapter
 from plait.errors import PlaitError
 from plait.merging.driver import merge
+from plait.merging.recipes.checking import check_names, dialect_of
 from plait.merging.recipes.dialect import Made
 from plait.merging.recipes.parameters import Parameters
 from plait.merging.recipes.references import Shelf
-from plait.merging.recipes.resolving import check_names, dialect_of
 from plait.merging.recipes.schema import Entry, Recipe
 from plait.merging.sources import check_adapters, read_sources
 
@@ -29,8 +29,7 @@ def merge_adapters(
     if recipe.models is None:
         raise PlaitError("slices and modules are of whole models; list adapters under models.")
     dialect = dialect_of(recipe, recipe.space)
-    notes: list[str] = []
-    check_names(recipe, dialect, notes)
+    notes = check_names(recipe, dialect)
     base, first = recipe.base_model, dialect.base == "first"
     entries = [entry for entry in recipe.models if first or entry.model != base]
     entries.sort(key=lambda entry: entry.model != base)

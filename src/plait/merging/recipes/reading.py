@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from plait.errors import PlaitError
+from plait.merging.recipes.checking import MisnamedError, check_names, dialect_of
 from plait.merging.recipes.schema import Recipe
 
 Trail = tuple[str | int, ...]
@@ -42,9 +43,13 @@ def parse_recipe(text: str, where: str = "recipe") -> Recipe:
     if not isinstance(values, dict):
         raise PlaitError(f"{where}: lines of `key: value` are wanted at the top.")
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
+        check_names(recipe, dialect_of(recipe, recipe.space))
     except ValidationError as error:
         raise PlaitError(_sentence(error.errors()[0], lines, where)) from None
+    except MisnamedError as error:
+        raise PlaitError(_at(error.trail, lines, where) + str(error)) from None
+    return recipe
 
 
 def _loaded(text: str, where: str) -> tuple[Any, dict[Trail, int]]:
@@ -90,13 +95,17 @@ def _note_lines(node: Any, trail: Trail, lines: dict[Trail, int], where: str) ->
 def _sentence(error: Any, lines: dict[Trail, int], where: str) -> str:
     at: Sequence[str | int] = error.get("ctx", {}).get("at", ())
     trail = tuple(str(p) if isinstance(p, str) else p for p in (*error["loc"], *at))
+    message = error["msg"].rstrip(".?") + ("?" if error["msg"].endswith("?") else ".")
+    if error["type"] == "missing":
+        message, trail = f"{trail[-1]} is missing.", trail[:-1]
+    return _at(trail, lines, where) + message
+
+
+def _at(trail: Trail, lines: dict[Trail, int], where: str) -> str:
+    """The file, the line and the field, as an error begins."""
     known = trail
     while known not in lines:
         known = known[:-1]
     named = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in trail).lstrip(".")
-    message = error["msg"].rstrip(".?") + ("?" if error["msg"].endswith("?") else ".")
-    if error["type"] == "missing":
-        message = f"{trail[-1]} is missing."
-        named = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in trail[:-1]).lstrip(".")
     place = f" ({named})" if named else ""
-    return f"{where}, line {lines[known]}{place}: {message}"
+    return f"{where}, line {lines[known]}{place}: "

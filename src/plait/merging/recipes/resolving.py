@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from plait.errors import PlaitError, unknown
+from plait.errors import PlaitError
 from plait.merging.opened import held_as
-from plait.merging.recipes.dialect import DIALECT, Dialect
+from plait.merging.recipes.checking import check_names, dialect_of
 from plait.merging.recipes.inputs import Inputs
 from plait.merging.recipes.layers import comes_first
-from plait.merging.recipes.native import native
 from plait.merging.recipes.parameters import Parameters
 from plait.merging.recipes.references import Reference
 from plait.merging.recipes.schema import Body, Recipe
@@ -22,9 +21,6 @@ from plait.merging.recipes.stretches import Source, Stretch, stretches_of
 from plait.merging.recipes.vocabulary import Vocabulary, is_vocabulary
 from plait.merging.shards import Planned
 from plait.merging.work import Read, Task
-
-IGNORED = frozenset({"int8_mask", "embed_slerp"})
-"""Parameters that only say how mergekit saves memory, or that it no longer reads."""
 
 
 @dataclass
@@ -38,7 +34,7 @@ class Resolver:
 
     def __post_init__(self) -> None:
         self.dialect = dialect_of(self.recipe)
-        check_names(self.recipe, self.dialect, self.notes)
+        self.notes += check_names(self.recipe, self.dialect)
 
     def tasks(self) -> list[Task]:
         """One for each tensor of the result, in its order."""
@@ -194,43 +190,3 @@ class Resolver:
         if wanted is not None and dtype.is_floating_point:
             dtype = getattr(torch, wanted)
         return Planned(name, shape, dtype)
-
-
-def dialect_of(recipe: Recipe, space: str | None = "delta") -> Dialect:
-    """What the recipe's method means; an unknown name names the nearest."""
-    if recipe.method is not None:
-        return native(recipe.method, space)
-    assert recipe.merge_method is not None
-    key = recipe.merge_method.lower().replace("-", "_")
-    if key not in DIALECT:
-        raise unknown("merge_method", recipe.merge_method, DIALECT, where="the recipe")
-    return DIALECT[key]
-
-
-def check_names(recipe: Recipe, dialect: Dialect, notes: list[str]) -> None:
-    """PlaitError for a parameter that no method knows; a note for one that has no effect here."""
-    everywhere = {n for d in DIALECT.values() for n in d.each | d.shared} | IGNORED
-    shared, each = _levels(recipe)
-    for levels, known in ((shared, dialect.each | dialect.shared), (each, dialect.each)):
-        for name in dict.fromkeys(name for level in levels for name in level):
-            if name in IGNORED:
-                notes.append(f"{name} does nothing here.")
-            elif name not in known and name not in everywhere:
-                raise unknown("parameter", name, known - IGNORED, where="the recipe")
-            elif name not in known:
-                where = "for a single model " if levels is each else ""
-                method = recipe.merge_method or recipe.method
-                notes.append(f"{name} has no effect {where}with {method}.")
-
-
-def _levels(recipe: Recipe) -> tuple[list[Mapping[str, object]], list[Mapping[str, object]]]:
-    """The recipe's parameters: those of the whole or of slices, and those of single models."""
-    shared: list[Mapping[str, object]] = [recipe.parameters]
-    each: list[Mapping[str, object]] = list(recipe.input_model_parameters.values())
-    for body in recipe.bodies().values():
-        shared.append(body.parameters)
-        each += [entry.parameters for entry in body.models or ()]
-        for piece in body.slices or ():
-            shared.append(piece.parameters)
-            each += [source.parameters for source in piece.sources]
-    return shared, each

@@ -41,6 +41,8 @@ class Merged:
     notes: tuple[str, ...] = ()
     adapter: Any = None
     """The merged adapter, where the recipe's models are adapters."""
+    paths: tuple[str, ...] = ()
+    """Where those lie."""
 
 
 def merge_recipe(
@@ -79,7 +81,9 @@ def merge_recipe(
     if listed and all(shelf.is_adapter(r) for r in listed) and recipe.writes_adapter:
         adapter, told = merge_adapters(recipe, shelf, seed=seed, name=target.name)
         written = Path(adapter.save(target, format=to))
-        return Merged(written, recipe.wanted_method, tuple(map(str, listed)), told, adapter)
+        lie = tuple(shelf.path(reference.model) for reference in listed)
+        names = tuple(map(str, listed))
+        return Merged(written, recipe.wanted_method, names, told, adapter, lie)
     staging = staging_for(target)
     with Inputs(recipe, shelf) as inputs:
         for reference in references:
