@@ -116,7 +116,7 @@ def _sensitivity(found: Comparison, scored: Sequence[Row]) -> str:
         if any(r.get("loss") is not None for r in row.rates)
     ]
     lost = sum(r["state"] == "diverged" for row in scored for r in row.rates)
-    if not within or len(between) < 2 or (spread := pstdev(between)) == 0:
+    if 2 * len(within) < len(scored) or len(between) < 2 or (spread := pstdev(between)) == 0:
         return ""
     ratio = (sum(within) / len(within)) / spread
     if ratio < 1.5:

@@ -184,7 +184,10 @@ def _mean_curve(row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 def _cut_top(axes: Any, found: Comparison) -> None:
     """Rates at which training nearly diverged must not press the others into a line."""
-    seen = [v for row in found.rows for r in row.rates for v in [r.get("loss")] if v is not None]
+    rates = [r for row in found.rows for r in row.rates]
+    seen = [r["loss"] for r in rates if r.get("loss") is not None]
+    seen += [list(r["rungs"].values())[-1] for r in rates if r.get("loss") is None and r["rungs"]]
+    seen = [value for value in seen if np.isfinite(value)]
     if seen:
         low, middle = min(seen), float(np.median(seen))
         top = min(max(seen), middle + 3 * (middle - low) + 1e-9)
