@@ -49,8 +49,8 @@ Quantiser = BlockQuantizer | SignQuantizer
 
 
 @dataclass(frozen=True)
-class _Rounded:
-    """A factor whose rows are components: its codes [..., r, n] and the scales of their blocks."""
+class Rounded:
+    """A tensor in low bits: its codes and the scales of their blocks."""
 
     quantizer: Quantiser
     codes: Tensor
@@ -102,7 +102,7 @@ def pack(
         errors[site] = _error(exact, B, A) / float(exact.norm().square().sum().sqrt())
         for factor, leaf, turned in ((B, "B", True), (A, "A", False)):
             key = (factor.quantizer.block, turned)
-            group = groups.setdefault(key, _group(factor.quantizer, turned))
+            group = groups.setdefault(key, coded_group(factor.quantizer, turned))
             shape = lows[site].B.shape if turned else lows[site].A.shape
             group.add(f"{site}.{leaf}", shape, factor.codes, factor.scales)
     result = parts.rebuilt(lows, name)
@@ -112,31 +112,32 @@ def pack(
     return Packed(written, result, errors, size)
 
 
-def _quantizer(bits: int, length: int, block: int | None) -> Quantiser:
-    """For components of `length`, with blocks that divide it."""
+def quantizer_for(bits: int, length: int, block: int | None = None) -> Quantiser:
+    """For rows of `length`, with blocks that divide it."""
     most = block or (length if bits == 1 else 64)
     fitting = [n for n in range(max(1, most // 4), min(most, length) + 1) if length % n == 0]
     size = fitting[-1] if fitting else length
     return SignQuantizer(size) if bits == 1 else BlockQuantizer(bits, size)
 
 
-def _group(quantizer: Quantiser, turned: bool) -> Coded:
+def coded_group(quantizer: Quantiser, turned: bool = False) -> Coded:
+    """Where tensors rounded in this way are gathered for a file."""
     book = quantizer.book(torch.zeros(1)).tolist()
     return Coded(quantizer.width, quantizer.block, book, turned, torch.float32)
 
 
 def _round_pair(
     exact: LowRank, bits: int, block: int | None, rounds: int
-) -> tuple[_Rounded, _Rounded]:
+) -> tuple[Rounded, Rounded]:
     """Codes of B^T and A whose product is near the exact one: the best of all turns."""
     b, a = exact.B.mT, exact.A
-    for_b, for_a = (_quantizer(bits, factor.shape[-1], block) for factor in (b, a))
-    pair = _round(for_b, b), _round(for_a, a)
+    for_b, for_a = (quantizer_for(bits, factor.shape[-1], block) for factor in (b, a))
+    pair = rounded(for_b, b), rounded(for_a, a)
     best, least = pair, _error(exact, *pair)
     for turn in range(rounds + 1):
         if turn:
-            B = _round(for_b, _refit(b, a, pair[1].value))
-            pair = B, _round(for_a, _refit(a, b, B.value))
+            B = rounded(for_b, _refit(b, a, pair[1].value))
+            pair = B, rounded(for_a, _refit(a, b, B.value))
         for candidate in (pair, _rescaled(*pair, b, a)) if rounds else ():
             error = _error(exact, *candidate)
             if error < least:
@@ -144,9 +145,10 @@ def _round_pair(
     return best
 
 
-def _round(quantizer: Quantiser, factor: Tensor) -> _Rounded:
+def rounded(quantizer: Quantiser, factor: Tensor) -> Rounded:
+    """A tensor as a file will store it."""
     codes, scales = quantizer.encode(factor)
-    return _Rounded(quantizer, codes, _stored(scales))
+    return Rounded(quantizer, codes, _stored(scales))
 
 
 def _stored(scales: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ def _stored(scales: Tensor) -> Tensor:
     return scales.float() if small or sizes.max() > HALF.max else scales.half()
 
 
-def _error(exact: LowRank, B: _Rounded, A: _Rounded) -> float:
+def _error(exact: LowRank, B: Rounded, A: Rounded) -> float:
     return float((LowRank(B.value.mT, A.value) - exact).norm().square().sum().sqrt())
 
 
@@ -167,7 +169,7 @@ def _refit(mine: Tensor, other: Tensor, rounded: Tensor) -> Tensor:
     return (inverse @ (R @ other.double().mT) @ mine.double()).to(mine.dtype)
 
 
-def _rescaled(B: _Rounded, A: _Rounded, b: Tensor, a: Tensor) -> tuple[_Rounded, _Rounded]:
+def _rescaled(B: Rounded, A: Rounded, b: Tensor, a: Tensor) -> tuple[Rounded, Rounded]:
     """B with its components' scales solved for: least squares in r numbers, by Gram matrices."""
     P, Q = B.value.double(), A.value.double()
     gram = (P @ P.mT) * (Q @ Q.mT)
@@ -175,4 +177,4 @@ def _rescaled(B: _Rounded, A: _Rounded, b: Tensor, a: Tensor) -> tuple[_Rounded,
     factor = torch.linalg.pinv(gram, hermitian=True) @ target
     blocks = P.shape[-1] // B.quantizer.block
     scales = B.scales.double() * factor.expand(*factor.shape[:-1], blocks).flatten()
-    return _Rounded(B.quantizer, B.codes, _stored(scales)), A
+    return Rounded(B.quantizer, B.codes, _stored(scales)), A
