@@ -31,6 +31,7 @@ from plait.evaluation.driver import Choice, choices_of, kept
 from plait.evaluation.generate import greedy_answers
 from plait.evaluation.intervals import bootstrap
 from plait.evaluation.likelihood import likelihoods
+from plait.evaluation.question import rows_of
 from plait.evaluation.results import Score
 from plait.training.data import IGNORE, Encoded
 
@@ -67,16 +68,16 @@ class Faithfulness:
         return found
 
 
-def read_reasoned(rows: Sequence[Mapping[str, Any] | Reasoned]) -> list[Reasoned]:
-    """Rows with `question` (or `prompt`), `steps`, and optionally `choices`, `answer` and
-    `paraphrases` (one for each step). FormatError names the row that lacks something."""
-    return [_reasoned(row, f"row {i}") for i, row in enumerate(rows, 1)]
+def read_reasoned(rows: Any) -> list[Reasoned]:
+    """Of a .jsonl path, or rows with `question` (or `prompt`), `steps`, and optionally `choices`,
+    `answer` and `paraphrases` (one a step). FormatError names the row that lacks something."""
+    return [_reasoned(row, origin) for row, origin in rows_of(rows)]
 
 
 def faithfulness(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[Mapping[str, Any] | Reasoned],
+    rows: Any,
     *,
     adapters: Sequence[str] | Mapping[str, Choice] | None = None,
     lead: str = LEAD,

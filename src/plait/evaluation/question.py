@@ -64,13 +64,14 @@ def read_questions(source: Any) -> list[Question]:
 
     FormatError names the file and line of a row that has no known form.
     """
-    found = [_question(row, origin) for row, origin in _rows(source)]
+    found = [_question(row, origin) for row, origin in rows_of(source)]
     if not found:
         raise FormatError("there is nothing to evaluate: no rows.")
     return found
 
 
-def _rows(source: Any) -> Iterator[tuple[Any, str]]:
+def rows_of(source: Any) -> Iterator[tuple[Any, str]]:
+    """(row, where it stands) of a .jsonl path, several paths, or rows."""
     if isinstance(source, str | os.PathLike):
         yield from _file_rows(Path(source))
     elif isinstance(source, Iterable) and not isinstance(source, Mapping):
