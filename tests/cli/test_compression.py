@@ -81,3 +81,24 @@ def test_compress_to_a_few_bits(run, adapters, tmp_path: Path) -> None:
     words = ("--bits", 1, "--to", "peft", "-o", tmp_path / "none")
     code, _, err = run("compress", adapters["sql"], *words)
     assert code == 2 and "only Plait's format" in err
+
+
+def test_a_bank_of_adapters_and_one_taken_out_again(run, adapters, tmp_path: Path) -> None:
+    paths = (adapters["sql"], adapters["chat"])
+    where = ("--joint", "--rank", 6, "--dtype", "float32", "-o", tmp_path / "bank")
+    code, out, err = run("compress", *paths, *where)
+    assert code == 0, err
+    assert "sql: error of dW: mean" in out and "2 adapters" in out
+    code, out, err = run("convert", tmp_path / "bank", tmp_path / "sql", "--adapter", "sql")
+    assert code == 0, err
+    again, sql = plait.read_adapter(tmp_path / "sql"), plait.read_adapter(adapters["sql"])
+    for path, delta in sql.deltas.items():
+        torch.testing.assert_close(again.deltas[path].dense(), delta.dense(), rtol=0, atol=1e-4)
+    code, _, err = run("convert", tmp_path / "bank", tmp_path / "none", "--adapter", "sqk")
+    assert code == 2 and "did you mean 'sql'" in err
+    code, _, err = run("compress", *paths, "--rank", 2, "-o", tmp_path / "none")
+    assert code == 2 and "--joint" in err
+    small = ("--joint", "--energy", 0.5, "--bits", 4, "-o", tmp_path / "small")
+    assert run("compress", *paths, *small)[0] == 0
+    sizes = [(tmp_path / n / "bank.safetensors").stat().st_size for n in ("bank", "small")]
+    assert sizes[1] < 0.5 * sizes[0]

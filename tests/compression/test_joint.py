@@ -131,6 +131,7 @@ def test_a_budget_is_kept_and_spent_where_it_holds_most() -> None:
 @pytest.mark.parametrize("bits", [None, 4, 1])
 def test_the_file(bits: int | None, tmp_path: Path) -> None:
     adapters = several(6)
+    adapters[0].info["base"] = "tiny"
     bank = joint_bank(adapters, rank=6, bits=bits, dtype=torch.float16)
     bank.save(tmp_path / "bank")
     assert sorted(p.name for p in (tmp_path / "bank").iterdir()) == [
@@ -139,6 +140,7 @@ def test_the_file(bits: int | None, tmp_path: Path) -> None:
     ]
     again = Bank.load(tmp_path / "bank")
     assert again.names == bank.names and again.errors == bank.errors
+    assert again.adapter("a0").info["base"] == "tiny"
     for path, value in restored(bank).items():
         assert torch.equal(restored(again)[path], value)
     gaps(again, adapters)

@@ -53,7 +53,7 @@ def extract(
         targets=target,
         rest="keep" if to == "plait" else "drop",
         svd=_choice(svd),
-        dtype=_dtype(dtype),
+        dtype=read_dtype(dtype),
         name=name or name_from(out),
         progress=on_terminal(),
     )
@@ -94,7 +94,8 @@ def _choice(svd: str) -> Any:
     return svd
 
 
-def _dtype(name: str | None) -> Any:
+def read_dtype(name: str | None) -> Any:
+    """The dtype of an option's value; None stays None."""
     import torch
 
     from plait.errors import unknown

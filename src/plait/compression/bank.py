@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from plait.errors import FormatError, PlaitError, unknown
 
 DESCRIPTION, TENSORS = "bank.json", "bank.safetensors"
 FORMAT, VERSION = "plait-bank", 2
+ABOUT = ("base", "base_fingerprint", "task_type")
+"""Facts of an adapter that come back with it."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Bank:
 
     shelves: dict[str, Shelf]
     errors: dict[str, dict[str, float]]
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{adapter: what is known of its base}."""
 
     @classmethod
     def filled(cls, shelves: dict[str, Shelf], parts: Sequence[AdapterChanges]) -> Bank:
@@ -59,7 +63,8 @@ class Bank:
             raise unknown("adapter", name, self.names, where="the bank")
         lows = {p: s.low(name) for p, s in self.shelves.items() if name in s.names}
         sites = [self.shelves[path].site for path in lows]
-        return lora_from(name, sites, lows, {}, info={"bank": {"errors": self.errors[name]}})
+        info = {**self.about.get(name, {}), "bank": {"errors": self.errors[name]}}
+        return lora_from(name, sites, lows, {}, info=info)
 
     @torch.no_grad()
     def add(self, adapter: Given) -> dict[str, float]:
@@ -82,6 +87,7 @@ class Bank:
 
     def _measure(self, part: AdapterChanges) -> None:
         self.errors[part.name] = {}
+        self.about[part.name] = {key: part.info[key] for key in ABOUT if key in part.info}
         for path, low in part.lows.items():
             gap = self.shelves[path].low(part.name) - low.to(dtype=torch.float32)
             whole = float(low.norm())
@@ -98,6 +104,7 @@ class Bank:
         sites = [_described(path, shelf) for path, shelf in self.shelves.items()]
         kind = next(iter(self.shelves.values())).kind
         described = {"format": FORMAT, "version": VERSION, "kind": kind, "errors": self.errors}
+        described |= {"about": self.about}
         described |= {"coded": [group.described() for group in coded]} if coded else {}
         files = {
             TENSORS: tensors_writer(tensors, {"format": "pt"}),
@@ -122,7 +129,8 @@ class Bank:
                 place, _, own = name.partition(":")
                 here.setdefault(place, {})[own] = tensor
             shelves = {s["path"]: _read(kind, s, here[s["path"]]) for s in described["sites"]}
-            return cls(shelves, errors)
+            about = {str(n): dict(facts) for n, facts in described.get("about", {}).items()}
+            return cls(shelves, errors, about)
         except FormatError as e:
             raise FormatError(f"{file}: {e}") from None
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
