@@ -26,6 +26,9 @@ where the edge was best; figures are on test data, mean ± standard deviation ov
 *shown*: the 95 % interval of the paired difference lies on the claim's side. *contradicted*: it
 lies on the other side. *not shown at this scale*: it covers both. Our tasks are tiny beside the
 papers' (a digits transformer where they took LLaMA), so a claim not shown here may well hold there.
+
+Claims of merges are judged together, on one table of eight experts of a real encoder
+(`benchmarks/merging/RESULTS.md`); their intervals are paired over the tasks.
 """
 
 
@@ -58,7 +61,8 @@ def section(r: dict[str, Any]) -> str:
         parts += ["", "| contender | parameters | tuned rate | test loss | test accuracy |"]
         parts.append("| --- | --- | --- | --- | --- |")
         parts += [row(label, side) for label, side in r["contenders"].items()]
-    if r["measured"]:
+    # The figures of a comparison stand in the reason already.
+    if r["measured"] and not any(name.endswith(": gain") for name in r["measured"]):
         parts.append("\nMeasured: " + ", ".join(_figure(*item) for item in r["measured"].items()))
     parts.append(f"\n**{r['outcome'].capitalize()}.** {r['reason']}")
     parts.append(f"`benchmarks/claims/{r['slug'].replace('-', '_')}.py`, {r['seconds']:.0f} CPU s.")

@@ -78,19 +78,21 @@ class Bench:
         return score_all(self.scorer, self.test, {})
 
     @cached_property
-    def expert_scores(self) -> dict[str, dict[str, Any]]:
-        """{expert: its scores on the tests of all tasks}."""
-        return {a.name: score_all(self.scorer, self.test, changes(a)) for a in self.experts}
+    def expert_scores(self) -> dict[str, Any]:
+        """{task: the score of its own expert on the test}."""
+        return self._own(self.test)
 
     @cached_property
     def expert_validation(self) -> dict[str, float]:
         """{task: accuracy of its own expert on the validation rows}."""
-        return {
-            a.name: score_all(self.scorer, {a.name: self.validation[a.name]}, changes(a))[a.name][
-                "accuracy"
-            ]
-            for a in self.experts
-        }
+        return {name: found["accuracy"] for name, found in self._own(self.validation).items()}
+
+    def _own(self, tasks: Mapping[str, Batches]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for adapter in self.experts:
+            here = {adapter.name: tasks[adapter.name]}
+            found |= score_all(self.scorer, here, changes(adapter))
+        return found
 
     def asked(self, change: Change, factor: float) -> float:
         """What tuning raises: normalised accuracy on validation rows, ties broken by the loss."""
@@ -193,8 +195,11 @@ class Bench:
     def references(self) -> list[Line]:
         """The base, each task's own expert, and one adapter trained on all tasks together."""
         joint = score_all(self.scorer, self.test, changes(self.one(JOINT, self.held_in)))
-        own = {name: self.expert_scores[name][name] for name in self.held_in}
-        found = {"base": self.base_scores, "own experts": own, "trained together": joint}
+        found = {
+            "base": self.base_scores,
+            "own experts": self.expert_scores,
+            "trained together": joint,
+        }
         return [
             {"label": label, "method": None, "evaluations": 0, "tasks": tasks}
             for label, tasks in found.items()

@@ -34,14 +34,16 @@ KNOBS: dict[str, tuple[str, tuple[Any, ...]]] = {
 SEARCHES: dict[str, tuple[int, dict[str, Any]]] = {
     "adamerging": (16, {"lr": 0.03, "grouping": "adapter"}),
     "expert-merging": (16, {}),
-    "fw-merging": (16, {}),
-    "lora-soups": (16, {"lr": 0.1}),
+    "fw-merging": (16, {"scale": 2.4}),
+    "lora-soups": (16, {"lr": 0.1, "form": "free"}),
     "lorahub": (32, {}),
     "m2n2": (32, {"grouping": "adapter"}),
     "map": (48, {}),
     "octo-planner": (8, {}),
 }
-"""{search: (evaluations, options)}: rates are such that so few steps can move anything."""
+"""{search: (evaluations, options)}: rates are such that so few steps can move anything, and a hull
+whose weights add up to 1 is made so large that its middle has the customary 0.3 of each of eight
+experts."""
 
 
 @dataclass(frozen=True)

@@ -144,18 +144,22 @@ def draw(summary: Summary, to: Path = PLOT) -> Path:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(10, 7))
+    names: dict[tuple[float, float], list[str]] = {}
     for label, line in summary.lines.items():
         if label == "own experts" or not all(n in line["tasks"] for n in summary.tasks("held-out")):
             continue
         x = summary.held_in(label)
         y = 100 * statistics.fmean(summary.gains(label, "base", "held-out"))
+        names.setdefault((round(x, 3), round(y, 1)), []).append(label)
         seconds = line.get("tuning_s") or 0.0
         reference = label in REFERENCES
         axes.scatter(
             x, y, s=20 + 40 * math.sqrt(seconds), alpha=0.5,
             color="black" if reference else "tab:blue", marker="*" if reference else "o",
         )  # fmt: skip
-        axes.annotate(label, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    for place, here in names.items():  # merges that came out alike share a label
+        text = ", ".join(here)
+        axes.annotate(text, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_xlabel("held-in: accuracy over the experts' (mean of 8 tasks)")
     axes.set_ylabel("held-out: points gained on the base (mean of 8 tasks)")

@@ -191,7 +191,7 @@ def test_the_best_is_kept_when_everything_else_is_worse() -> None:
 
 def test_experts_learn_their_tasks_and_are_kept(bench, monkeypatch) -> None:
     for name in bench.held_in:
-        own = bench.expert_scores[name][name]["loss"]
+        own = bench.expert_scores[name]["loss"]
         assert own < bench.base_scores[name]["loss"]
     assert not plait.adapters(bench.scorer)
     monkeypatch.setattr(
@@ -260,7 +260,7 @@ def test_a_task_that_is_known_gets_its_own_merge(bench) -> None:
     one_hot = lambda i, k: {"weights": [float(i == j) for j in range(k)]}  # noqa: E731
     line = bench.row(Contender("own", "linear", tuned=False, own=one_hot))
     for name in bench.held_in:
-        assert line["tasks"][name] == bench.expert_scores[name][name]
+        assert line["tasks"][name] == bench.expert_scores[name]
 
 
 # -- lines and pages ------------------------------------------------------------------------------
