@@ -81,7 +81,7 @@ def merge_checkpoints(
     with ExitStack() as stack:
         opened = {m.path: stack.enter_context(Checkpoint(m.path)) for m in models}
         first = opened[pattern]
-        check_models(first, models, opened)
+        check_models(first, models, opened, "vocab_size")
         check_surplus(first.entries, list(opened.values()), first)
         tasks = [
             _task(name, entry, dtype, given, factors, len(models), base is not None)

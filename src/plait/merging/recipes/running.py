@@ -121,7 +121,8 @@ def _check(recipe: Recipe, job: Job, tasks: Sequence[Task], inputs: Inputs) -> N
     check_tasks(job, inputs.checkpoints, ALIGN)
     if recipe.models is not None:
         for path, names in read.items():
-            check_surplus(names, [inputs.checkpoints[path]], first)
+            made = {task.planned.name for task in tasks}
+            check_surplus(names | made, [inputs.checkpoints[path]], first)
     for path in inputs.checkpoints:
         if os.path.realpath(path) == os.path.realpath(Path(job.folder).parent):
             raise PlaitError(f"the result would lie inside of {path}; write it elsewhere.")
