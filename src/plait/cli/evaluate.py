@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -91,16 +90,19 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
         "template": template,
     }
-    ask = functools.partial(
-        run,
-        model,
-        tokenizer,
-        metrics=metric or ([] if judge else ["exact_match"]),
-        scorer=judge,
-        mixed=mixed,
-        progress=on_terminal(),
-        **settings,
-    )
+
+    def ask(rows: Any) -> Any:
+        return run(
+            model,
+            tokenizer,
+            rows,
+            metric or ([] if judge else ["exact_match"]),
+            scorer=judge,
+            mixed=mixed,
+            progress=on_terminal(),
+            **settings,
+        )
+
     found = ask(questions)
     kept = {name: ask(rows) for name, rows in others.items()}
     changes = forgetting(kept)
