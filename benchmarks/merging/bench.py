@@ -194,7 +194,8 @@ class Bench:
 
     def references(self) -> list[Line]:
         """The base, each task's own expert, and one adapter trained on all tasks together."""
-        joint = score_all(self.scorer, self.test, changes(self.one(JOINT, self.held_in)))
+        name = f"{JOINT}-{len(self.held_in)}"
+        joint = score_all(self.scorer, self.test, changes(self.one(name, self.held_in)))
         found = {
             "base": self.base_scores,
             "own experts": self.expert_scores,

@@ -27,7 +27,7 @@ from plait.adapter import Adapter
 
 RUNS = Path(__file__).parent / "runs"
 JOINT = "joint"
-"""The name of the adapter that is trained on all tasks."""
+"""How the name begins of an adapter that is trained on all tasks."""
 Rows = Sequence[Mapping[str, Tensor]]
 
 
@@ -46,7 +46,7 @@ class Recipe:
     def folder(self, name: str, runs: Path = RUNS) -> Path:
         """Where the expert lies: the name, and a digest of what made it."""
         made = {key: value for key, value in asdict(self).items() if not key.endswith("steps")}
-        steps = self.joint_steps if name == JOINT else self.steps
+        steps = self.joint_steps if name.startswith(JOINT) else self.steps
         text = json.dumps({"name": name, "data": 1, "steps": steps, **made}, sort_keys=True)
         return runs / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -74,7 +74,7 @@ def expert(
 def _train(
     scorer: Scorer, name: str, tasks: Mapping[str, Rows], recipe: Recipe, folder: Path
 ) -> None:
-    steps = recipe.joint_steps if name == JOINT else recipe.steps
+    steps = recipe.joint_steps if name.startswith(JOINT) else recipe.steps
     torch.manual_seed(recipe.seed)
     adapter = plait.attach(
         scorer, "lora", rank=recipe.rank, alpha=recipe.alpha, targets="all-linear", name=name,

@@ -248,6 +248,14 @@ def test_the_line_is_the_merge_of_the_stored_choice(bench) -> None:
     assert (line["value"], line["factor"]) == (best[0], best[1])
 
 
+def test_references_are_the_base_the_experts_and_one_trained_on_all(bench) -> None:
+    base, own, joint = bench.references()
+    assert base["tasks"] == measure.score_all(bench.scorer, bench.test, {})
+    assert list(own["tasks"]) == bench.held_in
+    assert set(joint["tasks"]) == set(bench.kinds) and joint["tasks"] != base["tasks"]
+    assert bench.recipe.folder("joint-3", bench.runs).is_dir()
+
+
 def test_methods_of_two_inputs_merge_all_experts(bench) -> None:
     merged = bench.merged(Contender("slerp", "slerp"))
     first = plait.merge(bench.experts[:2], "slerp", [0.5, 0.5])
