@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class TokenizerFiles:
     content: Mapping[str, Any]
     ids: Mapping[str, int]
     grown: bool = False
-    added: tuple[str, ...] = field(default=())
 
     def with_tokens_of(self, other: TokenizerFiles) -> TokenizerFiles:
         """This tokenizer with the tokens of another that it lacks, numbered on from its last.
@@ -61,7 +60,7 @@ class TokenizerFiles:
             else:
                 table[token] = ids[token]
         _take_merges(content["model"], other.content["model"], set(new))
-        return dataclasses.replace(self, content=content, ids=ids, grown=True)
+        return self._grown(content, ids)
 
     def with_special_tokens(self, tokens: Iterable[str]) -> TokenizerFiles:
         """With these tokens, as special ones where they are new."""
@@ -72,6 +71,14 @@ class TokenizerFiles:
         ids = {**self.ids, **_numbered(new, self.ids)}
         for token in new:
             content["added_tokens"].append(_plain(token) | {"id": ids[token], "special": True})
+        return self._grown(content, ids)
+
+    def _grown(self, content: dict[str, Any], ids: dict[str, int]) -> TokenizerFiles:
+        """With all tokens in the table, where it is one: the library numbers added tokens that are
+        not in it on from its end, which has moved."""
+        if content["model"].get("type") in TABLES:
+            for token in content["added_tokens"]:
+                content["model"]["vocab"].setdefault(token["content"], ids[token["content"]])
         return dataclasses.replace(self, content=content, ids=ids, grown=True)
 
     def written(self) -> dict[str, bytes | Path]:

@@ -59,7 +59,9 @@ def is_vocabulary(name: str, checkpoint: Checkpoint) -> bool:
     shape = () if tied else checkpoint.entries[name].shape
     if any(part in name for part in OTHER_TABLES) or any(p.isdigit() for p in name.split(".")):
         return False
-    return tied or (1 <= len(shape) <= 2 and shape[0] == rows_of(checkpoint))
+    # A norm can be as wide as a small vocabulary.
+    table = len(shape) == 2 or (len(shape) == 1 and name.endswith("bias") and "norm" not in name)
+    return tied or (table and shape[0] == rows_of(checkpoint))
 
 
 def plan_vocabulary(wanted: Tokens, inputs: Inputs) -> Vocabulary:
@@ -141,6 +143,13 @@ class _Fill:
     owners: Mapping[int, Mapping[str, int]]
     base: int | None
 
+    def __post_init__(self) -> None:
+        self.named = {
+            token: self._named(token, rule.source)
+            for token, rule in self.rules.items()
+            if rule.source is not None and rule.source.model is not None
+        }
+
     def map_of(self, number: int, made: Vocabulary, rows: int, source: int | None) -> RowMap:
         own, zeros = [-1] * made.size, []
         others: list[tuple[int, tuple[Row, ...]]] = []
@@ -154,10 +163,10 @@ class _Fill:
                 own[row] = -1
             if rule.source is not None and (rule.force or own[row] < 0):
                 own[row] = -1
-                if rule.source.kind == "zero":
-                    zeros.append(row)
+                if token in self.named:
+                    others.append((row, (self.named[token],)))
                 else:
-                    others.append((row, (self._named(token, rule.source),)))
+                    zeros.append(row)
             elif own[row] < 0 and (sources := self._default(token)):
                 others.append((row, sources))
         return RowMap(tuple(own), tuple(others), tuple(zeros))
