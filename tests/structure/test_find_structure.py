@@ -37,7 +37,7 @@ def test_heads_and_channels_of_grouped_query_attention(attention: str) -> None:
     groups = find_structure(qwen2(attention)).groups
     below = "model.layers.1.self_attn."
     heads = groups["model.layers.1.self_attn"]
-    assert heads.size == 2 and heads.whole and heads.inner and heads.blocks == {1}
+    assert heads.size == 2 and heads.separable and heads.blocks == {1}
     assert table(heads, below) == {
         ("q_proj.weight", 0, 1, 16, False),
         ("q_proj.bias", 0, 1, 16, False),
@@ -84,11 +84,22 @@ def test_fused_projections_of_gpt2_that_stores_its_weights_turned() -> None:
         ("attn.c_attn.bias", 0, 3, 8, False),
         ("attn.c_proj.weight", 0, 1, 8, True),
     }
+    channels = groups["transformer.h.0.attn:2"]  # of queries, keys and values at once
+    assert "compared" in channels.mixed and not channels.separable
+    assert groups["transformer.h.0.attn"].separable
     assert table(groups["transformer.h.0.mlp"], below) == {
         ("mlp.c_fc.weight", 1, 1, 1, False),
         ("mlp.c_fc.bias", 0, 1, 1, False),
         ("mlp.c_proj.weight", 0, 1, 1, True),
     }
+
+
+def test_heads_that_differ_by_a_constant_stay() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=60)
+    groups = find_structure(BloomForCausalLM(config).eval()).groups.values()
+    assert {g.name for g in groups if g.separable} == {f"transformer.h.{i}.mlp" for i in (0, 1)}
 
 
 def test_an_encoder_whose_width_is_its_output() -> None:

@@ -85,7 +85,7 @@ class LoraPrune(Rule):
         found = [
             group
             for group in groups
-            if group.whole and group.inner and not group.blocks & spared
+            if group.separable and not group.blocks & spared
             and any(slot.tensor in weights for slot in group.slots)
         ]  # fmt: skip
         if not found:

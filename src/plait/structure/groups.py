@@ -64,7 +64,13 @@ class Group:
     @property
     def inner(self) -> bool:
         """Whether it lies within one block; the residual stream's width runs through all."""
-        return len(self.blocks) < 2 and not self.mixed
+        return len(self.blocks) < 2
+
+    @property
+    def separable(self) -> bool:
+        """Whether its units are heads or channels of one block that can be switched off one by one,
+        exactly as if they were not there."""
+        return self.whole and self.inner and not self.mixed
 
 
 @dataclass

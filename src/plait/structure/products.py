@@ -7,6 +7,8 @@ from torch import Tensor
 from plait.structure.axes import Dim, dim, hold, join, mix, regroup
 from plait.structure.spread import CONSTANT, Call, flat, pointwise, rule
 
+COMPARED = "two results are compared by it"
+
 
 @rule("mm", "bmm", "mv", "dot")
 def product(call: Call) -> None:
@@ -26,6 +28,9 @@ def added_product(call: Call) -> None:
 def _product(call: Call, one: Tensor, two: Tensor) -> None:
     left, right = call.dims(one), call.dims(two)
     join(left[-1], right[-2 if len(right) > 1 else -1], call.name)
+    if not (call.known.is_weight(one) or call.known.is_weight(two)):
+        # Switched off where weights read it, a unit would still count here.
+        mix(left[-1], COMPARED)
     for a, b in zip(left[:-2], right[:-2], strict=False):
         join(a, b, call.name)
     call.gives([*left[:-1], *(right[-1:] if len(right) > 1 else [])])
@@ -72,6 +77,7 @@ def attention(call: Call) -> None:
     join(heads[0], k[1], call.name)
     join(heads[0], v[1], call.name)
     join(q[3], k[3], call.name)
+    mix(q[3], COMPARED)
     call.gives([q[0], q[1], q[2], v[3]])
 
 

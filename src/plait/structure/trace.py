@@ -38,7 +38,7 @@ def find_structure(model: nn.Module, batch: Mapping[str, Any] | None = None) -> 
     named = dict(_tensors(model))
     tracer = Tracer()
     for tensor in named.values():
-        tracer.label(tensor, [dim(n) for n in tensor.shape])
+        tracer.weight(tensor)
     given: dict[str, Any] = dict(batch) if batch is not None else example(model)
     given.pop("labels", None)  # a loss looks at the outputs, whose width is held anyway
     if getattr(getattr(model, "config", None), "use_cache", None) is not None:
@@ -75,9 +75,19 @@ class Tracer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._dims: dict[int, tuple[weakref.ref[Tensor], Dims]] = {}
+        self._weights: set[int] = set()
 
     def label(self, tensor: Tensor, dims: Dims) -> None:
         self._dims[id(tensor)] = weakref.ref(tensor), dims
+
+    def weight(self, tensor: Tensor) -> None:
+        """Follow a tensor of the model, every dimension an axis of its own."""
+        self.label(tensor, [dim(n) for n in tensor.shape])
+        self._weights.add(tensor.untyped_storage().data_ptr())
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether it is a weight, or a view of one."""
+        return tensor.untyped_storage().data_ptr() in self._weights
 
     def dims(self, tensor: Tensor) -> Dims:
         found = self._dims.get(id(tensor))

@@ -114,7 +114,11 @@ def _sample(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _groups(model: nn.Module, structure: Structure, mode: Mode, skip: Sequence[int]) -> list[Group]:
-    whole = [g for g in structure.groups.values() if g.whole and g.inner == (mode == "block")]
+    everything = structure.groups.values()
+    whole = [
+        g for g in everything if g.separable or (mode == "channel" and g.whole and not g.inner)
+    ]
+    whole = [g for g in whole if g.inner == (mode == "block")]
     found = [group for group in whole if not group.blocks & set(skip)]
     if not found:
         reasons = Counter(structure.refused.values()).most_common(3)

@@ -83,7 +83,8 @@ def fitting_configs(model: nn.Module, wanted: Shapes) -> Iterator[dict[str, int]
         if alone is None:
             return True
         moved = {n for n in before if alone.get(n) != before[n]} | (alone.keys() - before.keys())
-        return bool(moved) and moved <= changed
+        # A key that is unset may only say what was implied, until another one changes.
+        return moved <= changed and (bool(moved) or getattr(config, key) is None)
 
     helping = {k: {v for v in vs if may_help(k, v)} for k, vs in _candidates(config, cuts).items()}
     for change in _changes({key: values for key, values in helping.items() if values}):
@@ -97,8 +98,15 @@ def _candidates(config: Any, cuts: Cuts) -> dict[str, set[int]]:
         if isinstance(value, int) and not isinstance(value, bool) and value > 1:
             found[key] = scaled(value, cuts)
         elif value is None and any(word in key for word in ("inner", "dim", "size")):
-            found[key] = {new for _, new in cuts}
+            found[key] = {new for _, new in cuts} | _implied(config)
     return {key: values for key, values in found.items() if values}
+
+
+def _implied(config: Any) -> set[int]:
+    """The width of a head, which configurations leave out while it follows from two others."""
+    width, heads = (getattr(config, k, None) for k in ("hidden_size", "num_attention_heads"))
+    known = isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads == 0
+    return {width // heads} if known else set()  # type: ignore[operator]
 
 
 def _changes(candidates: Mapping[str, set[int]]) -> Iterator[dict[str, int]]:
