@@ -11,7 +11,7 @@ CLAIM = merge_claim(
     parts=(Part("linear", "trained together", "general"),),
     note="The adapter trained together has rank 8 and 240 steps, a quarter of all experts' steps: "
     "enough to judge what it forgets, too few to judge the other half of the claim, that it is "
-    "better on the tasks.",
+    "better on the tasks (left out after a run, in which both were alike there).",
 )
 
 if __name__ == "__main__":

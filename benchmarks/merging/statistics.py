@@ -44,7 +44,8 @@ def _collect(bench: Bench, kind: str) -> Known:
             if kind == "gram":
                 found.append(gram(bench.scorer, name, here, among=names))
             else:
-                found.append(fisher(bench.scorer, name, here, among=names))
+                # An expert that fits its rows has no gradients left, and would not count at all.
+                found.append(fisher(bench.scorer, name, here, among=names, normalize=True))
     return found
 
 
