@@ -28,6 +28,20 @@ from plait.merging.changes import Changes
 from plait.merging.method import Merge, MergeMethod
 
 
+@dataclass(frozen=True)
+class Fit:
+    """dW = (sum_i dW_i P_i) S^-1 of one site, float64; M_i is never formed."""
+
+    parts: Sequence[Tensor]
+    """P_i = w_i G_i [in, in]; or the diagonals [in] of M_i itself."""
+    factor: Tensor | None = None
+    """Cholesky factor of S; None where the parts are divided by it already."""
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """X S^-1 of rows X [n, in]; S is symmetric, so that S (X S^-1)^T = X^T."""
+        return rows if self.factor is None else torch.cholesky_solve(rows.mT, self.factor).mT
+
+
 @dataclass
 class RegMean(Merge):
     shrink: float = 0.9
@@ -45,31 +59,29 @@ class RegMean(Merge):
             raise PlaitError("regmean: shrink lies in [0, 1], and ridge is at least 0.")
 
     def merge(self, lows: Sequence[LowRank], weights: Sequence[float], changes: Changes) -> LowRank:
-        maps = self._maps(changes, torch.tensor(list(weights), dtype=torch.float64))
+        fit = self._fit(changes, torch.tensor(list(weights), dtype=torch.float64))
         moved = [
-            LowRank(low.B, _times(low.A, m).to(low.A.dtype), low.scale)
-            for low, m in zip(lows, maps, strict=True)
+            LowRank(low.B, fit.solve(_times(low.A, part)).to(low.A.dtype), low.scale)
+            for low, part in zip(lows, fit.parts, strict=True)
         ]
         return LowRank.weighted_sum(moved, [self.scale] * len(moved))
 
     def survey(self, changes: Changes, weights: Tensor) -> Any:
-        return self._maps(changes, weights.flatten().double())
+        return self._fit(changes, weights.flatten().double())
 
     def combine(
         self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any
     ) -> Tensor:
-        total = sum(_times(rows_of_one, m) for rows_of_one, m in zip(block, found, strict=True))
-        assert isinstance(total, Tensor)
-        return (self.scale * total).to(block.dtype)
+        total = torch.stack([_times(one, p) for one, p in zip(block, found.parts, strict=True)])
+        return (self.scale * found.solve(total.sum(0))).to(block.dtype)
 
-    def _maps(self, changes: Changes, weights: Tensor) -> list[Tensor]:
-        """M_i [in, in] (or its diagonal [in]), float64."""
+    def _fit(self, changes: Changes, weights: Tensor) -> Fit:
         if bool((weights < 0).any()) or not bool((weights > 0).any()):
             raise PlaitError("regmean: weights must not be negative, nor all 0.")
         grams = [g.double() for g in changes.known("gram")]
         _check(grams, changes)
         if grams[0].dim() == 1 or self.shrink == 0:
-            return self._columns([g if g.dim() == 1 else g.diagonal() for g in grams], weights)
+            return Fit(self._columns([g if g.dim() == 1 else g.diagonal() for g in grams], weights))
         off = self.shrink
         parts = [w * (off * g).diagonal_scatter(g.diagonal()) for w, g in _zip(weights, grams)]
         pad = self._pad(torch.stack([part.diagonal() for part in parts]), weights)
@@ -80,8 +92,7 @@ class RegMean(Merge):
             raise PlaitError(
                 f"site {changes.path!r}: the Grams are singular; raise ridge= (now {self.ridge})."
             )
-        # M_i = G_i S^-1, and both are symmetric: S M_i^T = G_i.
-        return [torch.cholesky_solve(part, factor).mT for part in parts]
+        return Fit(parts, factor)
 
     def _columns(self, diagonals: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
         parts = weights[:, None] * torch.stack(list(diagonals))
