@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from plait.evaluation.labels import name_points
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TABLE, PLOT = HERE / "METHODS.md", HERE.parent / "docs" / "methods.png"
@@ -187,7 +189,7 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_yticks([t for t in TICKS if axes.get_ylim()[0] <= t <= axes.get_ylim()[1]])
     axes.axhline(1.0, color="#888888", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.2)
-    _label(axes, places)
+    name_points(axes, places)
     kinds = [k for k in COLOURS if any(line["axis"] == k for line in lines.values())]
     handles = [plt.Line2D([], [], color=COLOURS[k], marker="o", linestyle="") for k in kinds]
     handles.append(plt.Line2D([], [], color="#555555", marker="o", mfc="white", linestyle=""))
@@ -197,38 +199,3 @@ def plot(lines: dict[str, dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def _label(axes: Any, places: list[tuple[float, float, str, str]]) -> None:
-    """Names beside their points, as near as they fit without covering a point or each other."""
-    from matplotlib.transforms import Bbox
-
-    figure = axes.figure
-    figure.canvas.draw()
-    renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
-    pixel = 72 / figure.dpi
-    points = [axes.transData.transform((x, y)) for x, y, *_ in places]
-    taken = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in points]
-    for (x, y, name, colour), (px, py) in zip(places, points, strict=True):
-        style = {"fontsize": 7.5, "color": colour, "va": "center"}
-        text = axes.annotate(name, (x, y), (6, 0), textcoords="offset points", **style)
-        size = text.get_window_extent(renderer)
-        for dx, dy in _offsets(size.width, size.height):
-            box = Bbox.from_bounds(px + dx, py + dy - size.height / 2, size.width, size.height)
-            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 < frame.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-        text.set_position((dx * pixel, dy * pixel))
-        taken.append(box)
-        if abs(dy) > size.height:
-            near = px + dx + (size.width if dx < 0 else 0)
-            end = axes.transData.inverted().transform((near, py + dy))
-            axes.plot([x, end[0]], [y, end[1]], color=colour, linewidth=0.4, alpha=0.6)
-
-
-def _offsets(width: float, height: float) -> list[tuple[float, float]]:
-    """Places for a name's left middle, in pixels from its point: nearest first, right before
-    left."""
-    steps = [n * height * 1.05 for n in range(30)]
-    rows = [dy for step in steps for dy in (step, -step)]
-    return [(dx, dy) for dy in rows for dx in (8.0, -8.0 - width, 30.0, -30.0 - width)]

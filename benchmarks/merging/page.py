@@ -10,6 +10,8 @@ from pathlib import Path
 
 from benchmarks.merging.results import Summary, read_results
 
+from plait.evaluation.labels import name_points
+
 HERE = Path(__file__).parent
 TABLE, PLOT = HERE / "RESULTS.md", HERE / "held_in_and_out.png"
 REFERENCES = ("base", "own experts", "trained together")
@@ -162,14 +164,13 @@ def draw(summary: Summary, to: Path = PLOT) -> Path:
             x, y, s=20 + 40 * math.sqrt(seconds), alpha=0.5,
             color="black" if reference else "tab:blue", marker="*" if reference else "o",
         )  # fmt: skip
-    for place, here in names.items():  # merges that came out alike share a label
-        text = ", ".join(here)
-        axes.annotate(text, place, fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_xlabel("held-in: accuracy over the experts' (mean of 8 tasks)")
     axes.set_ylabel("held-out: points gained on the base (mean of 8 tasks)")
     axes.set_title("Merges of eight experts; area grows with the CPU seconds of tuning")
     figure.tight_layout()
+    # Merges that came out alike share a name.
+    name_points(axes, [(x, y, ", ".join(here), "#333333") for (x, y), here in names.items()])
     figure.savefig(to, dpi=110)
     plt.close(figure)
     return to

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from plait.evaluation.labels import Place, name_points
 from plait.evaluation.page import png
 from plait.study.results import Comparison, Row
 
@@ -98,13 +99,16 @@ def pareto_plot(found: Comparison) -> bytes:
         ("trained parameters", lambda r: r.parameters, True),
         ("milliseconds a step", lambda r: r.step_seconds and 1000 * r.step_seconds, False),
     )
+    places = []
     for axes, (name, cost, logarithmic) in zip(panels, sides, strict=True):
-        _pareto(axes, found, cost)
+        places.append(_pareto(axes, found, cost))
         if logarithmic:
             _maybe_log(axes)
         axes.set_xlabel(name)
         axes.grid(color="#eceff4")
     panels[0].set_ylabel(_named(found))
+    for axes, here in zip(panels, places, strict=True):  # both have their limits now
+        name_points(axes, here, 8)
     return png(figure)
 
 
@@ -119,7 +123,8 @@ def front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list
     return kept
 
 
-def _pareto(axes: Any, found: Comparison, cost: Callable[[Row], float | None]) -> None:
+def _pareto(axes: Any, found: Comparison, cost: Callable[[Row], float | None]) -> list[Place]:
+    """The points of one panel, and the names that belong to them."""
     colour = colours(found)
     rows = [r for r in found.rows if r.score is not None and cost(r)]
     points = [(float(cost(r) or 0), r.score.mean if r.score else 0.0) for r in rows]
@@ -130,33 +135,7 @@ def _pareto(axes: Any, found: Comparison, cost: Callable[[Row], float | None]) -
         if score is not None and score.low == score.low:
             axes.plot([x, x], [score.low, score.high], color=colour[row.label], lw=1, alpha=0.5)
         axes.plot(x, y, "o", color=colour[row.label], ms=7, mec="white")
-    _name_points(axes, [r.label for r in rows], points)
-
-
-def _name_points(axes: Any, labels: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
-    """Names beside the points, pushed up where they would cover one another."""
-    if not points:
-        return
-    low, high = axes.get_ylim()
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    height, line = 190.0, 10.0  # of the panel and of a name, in points
-    placed: list[tuple[float, float]] = []
-    for i in sorted(range(len(points)), key=lambda i: points[i][1]):
-        x, y = points[i]
-        at = (y - low) / (high - low) * height
-        near = [p for q, p in placed if abs(q - x) < 0.35 * (right - left or 1)]
-        shown = max([at, *(p + line for p in near)])
-        placed.append((x, shown))
-        axes.annotate(
-            labels[i],
-            (x, y),
-            xytext=(12, shown - at),
-            textcoords="offset points",
-            fontsize=8,
-            color=INK,
-            va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#8a8f98", "shrinkB": 3},
-        )
+    return [(x, y, row.label, INK) for row, (x, y) in zip(rows, points, strict=True)]
 
 
 def _maybe_log(axes: Any) -> None:
