@@ -75,7 +75,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file where safetensors can."""
         if self._read > MAPPED:
-            self._close()
+            self.release()
         found: Tensor = self._opened(self.entries[name].file).get_tensor(name)
         self._read += found.nbytes
         return found
@@ -97,7 +97,8 @@ class Checkpoint:
             self._open[file] = opened
         return self._open[file]
 
-    def _close(self) -> None:
+    def release(self) -> None:
+        """Let go of the mapped files; they are mapped anew when something is read."""
         while self._open:
             self._open.popitem()[1].__exit__(None, None, None)
         self._read = 0
@@ -111,7 +112,7 @@ class Checkpoint:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self.release()
 
 
 def holds_checkpoint(path: str | os.PathLike[str]) -> bool:

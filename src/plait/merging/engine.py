@@ -150,7 +150,7 @@ def _make(opened: Opened, task: Task, seed: int, facts: Facts) -> Tensor:
         assert base is not None
         return base.to(planned.dtype)
     way = _fitting(make_way(task.way), changes)
-    merged, facts[planned.name] = _merged(way, changes, task.weights)
+    merged, facts[planned.name] = _merged(way, changes, task.weights, opened)
     _require_finite(planned.name, merged)
     if base is not None:
         merged += base.reshape(merged.shape).to(merged.dtype)
@@ -170,7 +170,7 @@ def _fitting(way: Merge, changes: Changes) -> Merge:
 
 
 def _merged(
-    way: Merge, changes: Changes, weights: tuple[float, ...]
+    way: Merge, changes: Changes, weights: tuple[float, ...], opened: Opened
 ) -> tuple[Tensor, dict[str, Any]]:
     """The merge [out, in] and the site's facts; inputs are held together only where they must."""
     if isinstance(way, SequentialMerge):
@@ -179,6 +179,7 @@ def _merged(
 
         def look(change: Tensor) -> None:
             seen.append(torch.cat([change[r.start : r.stop] for r in rows]).float())
+            opened.release()  # what is mapped counts as memory too
 
         merged = way.one_by_one(changes, weights, look)
         return merged, facts_of(torch.stack(seen), changes.shape)

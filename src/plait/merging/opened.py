@@ -57,6 +57,11 @@ class Opened:
         found = self._stored(self.models[read.model], read.name)
         return found if read.rows is None else self._mapped(found, read, self.rows[read.rows])
 
+    def release(self) -> None:
+        """Let go of all mapped files; tensors that were read stay."""
+        for checkpoint in self.checkpoints.values():
+            checkpoint.release()
+
     def acting(self, read: Read) -> list[str]:
         """The adapters of an input that change this tensor."""
         adapters = self.models[read.model].adapters
