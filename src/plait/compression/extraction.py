@@ -5,7 +5,8 @@
 Eckart and Young: no other matrix of that rank lies nearer to dW. Tensors are read one by one from
 mapped files, so memory holds the largest matrix and the adapter, never two models. Matrices are
 factored wherever they changed (embeddings, convolutions and packed experts too, and tied ones at
-every place that reads them); norms and biases are no matrices, and are kept as they changed.
+every place that reads them: Plait's format stores such a pair once, PEFT's twice, since only its
+newest versions can tie adapters); norms and biases are no matrices, and are kept as they changed.
 """
 
 from __future__ import annotations
