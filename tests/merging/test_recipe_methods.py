@@ -8,6 +8,11 @@ from test_merge_kit import dense, lows, run
 from torch import Tensor
 
 from plait.errors import PlaitError
+from plait.linalg import LowRank
+from plait.merging import get_merge_method
+from plait.merging.changes import Changes
+from plait.merging.method import make_merge
+from plait.merging.spaces import merge_site
 
 
 def trimmed(delta: Tensor, density: float, gamma: float) -> Tensor:
@@ -88,3 +93,16 @@ def test_nearswap_is_the_interpolation_that_it_is_described_as() -> None:
     assert not run("nearswap", "delta", [low], [1.0], t=0.0).any()
     with pytest.raises(PlaitError, match="t is a size"):
         run("nearswap", "delta", [low], [1.0], t=-1.0)
+
+
+@pytest.mark.parametrize("space", ["factors", "delta"])
+def test_dare_restores_sums_also_where_only_zeros_stay(space: str) -> None:
+    """Of one entry that is not 0 and may go: no factor makes up for it, and none is infinite."""
+    low = lows(1)[0]
+    B, A = torch.zeros_like(low.B), torch.zeros_like(low.A)
+    B[0, 0], A[0, 0] = 1.0, 1.0
+    one = LowRank(B.float(), A.float())
+    for seed in range(6):
+        way = make_merge(get_merge_method("dare"), {"density": 0.1, "rescale": "l1"})
+        found = dense(merge_site(way, Changes("s", [one], seed=seed), [1.0], space))
+        assert torch.isfinite(found).all()

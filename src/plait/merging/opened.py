@@ -30,6 +30,7 @@ class Opened:
     adapters: dict[str, Adapter]
     rows: Sequence[RowMap] = ()
     statistics: Sequence[Stored] = field(default=())
+    cast: torch.dtype | None = None
 
     def changes(self, task: Task, seed: int) -> tuple[Tensor | None, Changes | None]:
         """(the base's tensor, what the reads change of it as matrices); None where nothing does.
@@ -82,6 +83,8 @@ class Opened:
         found = checkpoint.read(held)
         for path in model.adapters:
             found = with_adapter(found, self.adapters[path], name)
+        if self.cast is not None and found.is_floating_point():
+            found = found.to(self.cast)
         return found
 
     def _mapped(self, found: Tensor, read: Read, rows: RowMap) -> Tensor:
@@ -188,4 +191,5 @@ def open_inputs(job: Job) -> Iterator[Opened]:
         names = {a for model in job.models for a in model.adapters}
         adapters = {name: read_adapter(name) for name in sorted(names)}
         stored = [Stored(path) for path in job.statistics]
-        yield Opened(job.models, checkpoints, adapters, job.rows, stored)
+        cast = None if job.cast is None else getattr(torch, job.cast)
+        yield Opened(job.models, checkpoints, adapters, job.rows, stored, cast)

@@ -36,7 +36,7 @@ def check_tasks(job: Job, opened: Mapping[str, Checkpoint], hint: str) -> None:
 
 
 def check_surplus(names: Iterable[str], models: Sequence[Checkpoint], first: Checkpoint) -> None:
-    """PlaitError where a model holds tensors that the result would leave out."""
+    """PlaitError where a model holds tensors that the result would leave out, besides `names`."""
     wanted = set(names)
     for other in models:
         surplus = sorted(n for n in other.entries if n not in wanted and not _tied(other, n))

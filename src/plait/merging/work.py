@@ -72,7 +72,10 @@ class RowMap:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process needs to write any shard."""
+    """All that a process needs to write any shard.
+
+    `cast` names a dtype into which numbers are brought as they are read, before any arithmetic.
+    """
 
     models: tuple[Model, ...]
     seed: int
@@ -80,6 +83,7 @@ class Job:
     shards: tuple[tuple[Task, ...], ...]
     rows: tuple[RowMap, ...] = ()
     statistics: tuple[str, ...] = ()
+    cast: str | None = None
     described: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property

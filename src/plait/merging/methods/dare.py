@@ -62,8 +62,8 @@ class Dare(Merge):
     def _factor(self, before: Tensor, after: Tensor, density: float) -> float:
         if self.rescale != "l1":
             return 1 / density if self.rescale == "inverse" else 1.0
-        left = after.abs().sum().clamp_min(torch.finfo(after.dtype).tiny)
-        return float(before.abs().sum() / left)
+        left = float(after.abs().sum())
+        return float(before.abs().sum()) / left if left else 1.0
 
     def survey(self, changes: Changes, weights: Tensor) -> Any:
         """Each input's share of entries that stay, and the factor on them, [k, 1, 1] both."""
@@ -76,7 +76,9 @@ class Dare(Merge):
             sizes = changes.rows(rows).abs().double()
             total += sizes.sum((1, 2))
             left += (sizes * (changes.uniform("dare", rows) < shares)).sum((1, 2))
-        return shares, (total / left.clamp_min(1e-300))[:, None, None]
+        # What stays can be 0 throughout: bfloat16 changes often are, and vectors are short.
+        factors = torch.where(left > 0, total / left.clamp_min(1e-300), 1.0)
+        return shares, factors[:, None, None]
 
     def combine(
         self, block: Tensor, rows: range, weights: Tensor, changes: Changes, found: Any

@@ -99,6 +99,7 @@ def merge_recipe(
             folder=str(staging),
             shards=plan_tasks(tasks, shard_size),
             rows=() if vocabulary is None else tuple(vocabulary.rows),
+            cast=recipe.dtype,
             described=_described(recipe, text, inputs, seed, notes),
         )
         _check(recipe, job, tasks, inputs)
