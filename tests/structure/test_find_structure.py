@@ -210,6 +210,14 @@ def test_adapters_are_left_out_and_the_model_is_as_it_was() -> None:
     assert model.training and plait.adapters(model)["a"].state.active == {"a": 1.0}
 
 
+def test_precision_does_not_matter() -> None:
+    model = tiny_model("gpt2")
+    expected = find_structure(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert find_structure(model).groups == expected.groups
+    assert find_structure(model.bfloat16()).groups == expected.groups
+
+
 def test_a_mask_is_what_zero_columns_of_the_readers_are() -> None:
     model = tiny_model()
     structure = find_structure(model)

@@ -28,7 +28,8 @@ from plait.adapter import Method, Rule, Run
 from plait.adapter.site import LinearSite, TransposedLinearSite
 from plait.errors import PlaitError
 from plait.rules._lora_gradient import Vectors, along_dims, entry_importance, unit_scores
-from plait.structure import Group, Masks, find_structure
+from plait.rules._prunable import best_units, few_rows, trained_groups
+from plait.structure import Masks, find_structure
 
 
 @dataclass
@@ -68,32 +69,11 @@ class LoraPrune(Rule):
 
     def setup(self, run: Run) -> None:
         super().setup(run)
-        held_out = run.validation[0] if run.validation else None
-        sample = dict(held_out) if isinstance(held_out, dict) else None
-        structure = find_structure(run.model, _few(sample))
-        self.groups = self._trained(list(structure.groups.values()))
+        structure = find_structure(run.model, few_rows(run.validation))
+        self.groups = trained_groups(structure, self._pairs(), self.first, self.last)
         self.kept = {g.name: torch.ones(g.size, dtype=torch.bool) for g in self.groups}
         self.scores: dict[str, Tensor] = {}
         self._masks = Masks(run.model, structure)
-
-    def _trained(self, groups: list[Group]) -> list[Group]:
-        """Groups within blocks that prune, with a trained pair at one of their layers."""
-        blocks = sorted({index for group in groups for index in group.blocks})
-        front = int(self.first * len(blocks)) if self.first < 1 else int(self.first)
-        spared = {*blocks[:front], *(blocks[-self.last :] if self.last else [])}
-        weights = {f"{pair.path}.weight" for pair in self._pairs()}
-        found = [
-            group
-            for group in groups
-            if group.separable and not group.blocks & spared
-            and any(slot.tensor in weights for slot in group.slots)
-        ]  # fmt: skip
-        if not found:
-            raise PlaitError(
-                "lora-prune: no head or channel that could go has a trained pair at its layers; "
-                "widen `targets`, or lower first= and last=."
-            )
-        return found
 
     def _pairs(self) -> list[Any]:
         return [p for p in self.run.pairs() if isinstance(p.delta.site, LinearSite)]
@@ -126,17 +106,11 @@ class LoraPrune(Rule):
         step, (begin, end) = self.run.step, self._span(self.run)
         if step == end or (begin < step < end and step % self.interval == 0):
             for group in self.groups:
-                self._prune(group, int(group.size * self.share(step) + 1e-9))
+                if group.name in self.scores:
+                    off = int(group.size * self.share(step) + 1e-9)
+                    best = best_units(self.scores[group.name], self.kept[group.name], off)
+                    self.kept[group.name] = best
             self._masks.set(self.kept)
-
-    def _prune(self, group: Group, off: int) -> None:
-        if group.name not in self.scores:
-            return
-        kept = self.kept[group.name]
-        count = max(1, min(group.size - off, int(kept.sum())))
-        score = self.scores[group.name].masked_fill(~kept, -torch.inf)
-        best = score.argsort(descending=True, stable=True)[:count]
-        self.kept[group.name] = torch.zeros_like(kept).index_fill_(0, best, True)
 
     def finish(self) -> None:
         self._masks.close()
@@ -150,13 +124,6 @@ class LoraPrune(Rule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores, self.kept = dict(state["scores"]), dict(state["kept"])
         self._masks.set({n: m for n, m in self.kept.items() if not m.all()})
-
-
-def _few(batch: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Two rows of a batch suffice to follow the model."""
-    if batch is None:
-        return None
-    return {k: v[:2] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
 
 
 METHOD = Method(

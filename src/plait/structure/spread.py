@@ -106,6 +106,8 @@ def pointwise(call: Call) -> None:
 def same(call: Call) -> None:
     if call.outs and call.tensors:
         call.gives(*[call.dims(call.tensors[0])] * len(call.outs))
+        if call.name == "_to_copy" and call.known.is_weight(call.tensors[0]):
+            call.known.copied(call.outs[0])
 
 
 @rule("arange", "zeros", "ones", "full", "empty", "scalar_tensor", "eye", "empty_strided")

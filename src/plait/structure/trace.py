@@ -76,6 +76,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self._dims: dict[int, tuple[weakref.ref[Tensor], Dims]] = {}
         self._weights: set[int] = set()
+        self._copies: list[Tensor] = []
 
     def label(self, tensor: Tensor, dims: Dims) -> None:
         self._dims[id(tensor)] = weakref.ref(tensor), dims
@@ -84,6 +85,11 @@ class Tracer(TorchDispatchMode):
         """Follow a tensor of the model, every dimension an axis of its own."""
         self.label(tensor, [dim(n) for n in tensor.shape])
         self._weights.add(tensor.untyped_storage().data_ptr())
+
+    def copied(self, tensor: Tensor) -> None:
+        """A weight in another precision; kept, so that its memory cannot become something else."""
+        self._weights.add(tensor.untyped_storage().data_ptr())
+        self._copies.append(tensor)
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether it is a weight, or a view of one."""

@@ -30,6 +30,7 @@ from plait.compression.pruning.selection import (
 )
 from plait.compression.pruning.sizes import fitting_configs, shapes_of
 from plait.errors import PlaitError, unknown
+from plait.rules._prunable import few_rows
 from plait.statistics.gradients import Loss
 from plait.structure import Group, Masks, Structure, find_structure
 from plait.structure.trace import example
@@ -109,8 +110,7 @@ def _sample(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str,
     """What the model is run on to be followed and compared: two rows, or a few tokens."""
     if not batches:
         return example(model)
-    first = {k: v[:2] if isinstance(v, Tensor) and v.dim() else v for k, v in batches[0].items()}
-    return {key: value for key, value in first.items() if key != "labels"}
+    return {key: value for key, value in (few_rows(batches) or {}).items() if key != "labels"}
 
 
 def _groups(model: nn.Module, structure: Structure, mode: Mode, skip: Sequence[int]) -> list[Group]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plait.adapter.choices import check_choices
 from plait.errors import PlaitError
+from plait.rules._prunable import best_units
 from plait.structure import Group
 
 Scope = Literal["local", "global"]
@@ -59,10 +60,8 @@ def lowest_of_each(
     """{group: which units stay, bool [size]}; what is off in `on` stays off."""
     found = {}
     for group in groups:
-        count = min(staying(group.size, ratio, multiple), int(on[group.name].sum()))
-        score = scores[group.name].masked_fill(~on[group.name], -torch.inf)
-        best = score.argsort(descending=True, stable=True)[:count]
-        found[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill_(0, best, True)
+        off = group.size - staying(group.size, ratio, multiple)
+        found[group.name] = best_units(scores[group.name], on[group.name], off)
     return found
 
 
