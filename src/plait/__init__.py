@@ -36,6 +36,7 @@ _HOME = {
     "load": "plait.adapter.formats",
     "merge": "plait.merging",
     "merge_checkpoints": "plait.merging",
+    "merge_recipe": "plait.merging.recipes",
     "method_names": "plait.adapter",
     "pack": "plait.compression",
     "per_row": "plait.adapter",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:  # the names above, for type checkers and editors
     from plait.compression import extract, pack, squeeze  # noqa: F401
     from plait.errors import PlaitError  # noqa: F401
     from plait.merging import merge, merge_checkpoints  # noqa: F401
+    from plait.merging.recipes import merge_recipe  # noqa: F401
     from plait.merging.search import search  # noqa: F401
 
 

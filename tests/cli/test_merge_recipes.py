@@ -139,3 +139,34 @@ def test_what_does_not_go_together(run, models, tmp_path: Path) -> None:
         code, _, err = run("merge", *words, *out)
         assert code == 2 and message in err, err
         assert not (tmp_path / "out").exists()
+
+
+def test_stacked_layers_and_a_union_of_tokens_load_and_answer(run, models, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    more = AutoTokenizer.from_pretrained(models["b"])
+    more.add_tokens(["<tool>", "<end>"])
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(models["b"])
+    model.resize_token_embeddings(len(more))
+    model.save_pretrained(other)
+    more.save_pretrained(other)
+    recipe = tmp_path / "stack.yaml"
+    recipe.write_text(
+        f"merge_method: passthrough\nslices:\n"
+        f"  - sources: [{{model: {models['a']}, layer_range: [0, 2]}}]\n"
+        f"  - sources: [{{model: {other}, layer_range: [1, 2]}}]\n"
+        "tokenizer: {source: union}\nchat_template: chatml\ndtype: bfloat16\n"
+    )
+    code, _, err = run("merge", recipe, "-o", tmp_path / "out")
+    assert code == 0, err
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert made.dtype == torch.bfloat16 and len(made.model.layers) == 3
+    ids = words("hello<tool>", return_tensors="pt")
+    assert ids["input_ids"][0, -1] == words.convert_tokens_to_ids("<tool>") == 258
+    assert made(**ids).logits.shape[-1] == len(words) == 260
+    parts = {n: AutoModelForCausalLM.from_pretrained(models[n]) for n in "ab"}
+    for layer, source, number in ((0, "a", 0), (1, "a", 1), (2, "b", 1)):
+        wanted = parts[source].model.layers[number].mlp.up_proj.weight.bfloat16()
+        assert torch.equal(made.model.layers[layer].mlp.up_proj.weight, wanted)

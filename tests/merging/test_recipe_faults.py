@@ -342,3 +342,26 @@ def test_the_report_says_what_was_done(here: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     norm = float((a[name] - base[name]).double().norm())
     assert facts["sites"][name]["norms"][0] == pytest.approx(norm, rel=1e-4)
+
+
+def test_names_of_the_hub(here: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        if name == "someone/none":
+            raise OSError("offline.\nMany more lines.")
+        return str(here / "b")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (here / "recipe.yml").write_text(TIES.replace("{model: b", "{model: someone/model@v1"))
+    merge_recipe("recipe.yml", "out")
+    (here / "recipe.yml").write_text(TIES)
+    merge_recipe("recipe.yml", "plain")
+    one, two = loaded(here / "out"), loaded(here / "plain")
+    assert all(torch.equal(one[n], two[n]) for n in one) and asked == [("someone/model", "v1")]
+    (here / "recipe.yml").write_text(TIES.replace("{model: b", "{model: someone/none"))
+    with pytest.raises(PlaitError, match=r"not to be had from the hub \(offline\); say .*--model"):
+        merge_recipe("recipe.yml", "none")
