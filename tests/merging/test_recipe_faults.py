@@ -365,3 +365,28 @@ def test_names_of_the_hub(here: Path, monkeypatch) -> None:
     (here / "recipe.yml").write_text(TIES.replace("{model: b", "{model: someone/none"))
     with pytest.raises(PlaitError, match=r"not to be had from the hub \(offline\); say .*--model"):
         merge_recipe("recipe.yml", "none")
+
+
+def test_the_index_says_which_files_count(here: Path) -> None:
+    """Repositories hold further copies of the weights, and downloads lose shards."""
+    made = loaded(here / "b")
+    half = len(made) // 2
+    parts = {"m-1.safetensors": list(made)[:half], "m-2.safetensors": list(made)[half:]}
+    for file, kept in parts.items():
+        save_file({n: made[n] for n in kept}, here / "b" / file)
+    where = {n: file for file, kept in parts.items() for n in kept}
+    merge_recipe("recipe.yml", "plain")
+    save_file({"layers.0.wq": torch.ones(2)}, here / "b" / "consolidated.safetensors")
+    merge_recipe("recipe.yml", "whole")  # model.safetensors alone counts
+    index = here / "b" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    (here / "b" / "model.safetensors").unlink()
+    merge_recipe("recipe.yml", "parts")
+    one, two, three = (loaded(here / n) for n in ("plain", "whole", "parts"))
+    assert all(torch.equal(one[n], two[n]) and torch.equal(one[n], three[n]) for n in one)
+    (here / "b" / "m-2.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"b/m-2.safetensors is missing, though model.safe"):
+        merge_recipe("recipe.yml", "none")
+    index.write_text('{"weight_map": [1]}')
+    with pytest.raises(FormatError, match="damaged, or not an index"):
+        merge_recipe("recipe.yml", "none")

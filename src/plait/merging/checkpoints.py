@@ -34,8 +34,9 @@ class Entry:
 class Checkpoint:
     """A safetensors file, or a folder of them. Nothing is read but headers until `read`.
 
-    Raises FormatError for a missing or damaged file, for names that stand in two files, and for
-    pickled weights, which can run code.
+    A folder's index says which files count, or else model.safetensors alone does where it is there:
+    other copies of the weights often lie beside them. Raises FormatError for a missing or damaged
+    file, for names that stand in two files, and for pickled weights, which can run code.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -47,11 +48,29 @@ class Checkpoint:
     def files(self) -> list[Path]:
         if self.path.is_file():
             return [self.path]
-        found = sorted(self.path.glob("*.safetensors"))
+        found = self._listed() or sorted(self.path.glob("*.safetensors"))
         if not found:
             pickled = sorted(p.name for p in self.path.glob("*.bin"))
             why = f" ({pickled[0]} is a pickle, which can run code; convert it)" if pickled else ""
             raise FormatError(f"{self.path} holds no .safetensors weights{why}.")
+        return found
+
+    def _listed(self) -> list[Path]:
+        """The files that the folder's index names, or the one that needs no index."""
+        whole = self.path / "model.safetensors"
+        index = self.path / "model.safetensors.index.json"
+        if not index.is_file():
+            return [whole] if whole.is_file() else []
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+            found = [self.path / Path(name).name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise FormatError(f"{index}: damaged, or not an index of weights.") from None
+        for file in found:
+            if not file.is_file():
+                raise FormatError(f"{file} is missing, though {index.name} names it.")
         return found
 
     @cached_property

@@ -77,7 +77,6 @@ def merge_checkpoints(
         "seed": seed,
     }
     given = Way(chosen.name, tuple(sorted(described["options"].items())))
-    job = Job(models, seed, str(staging), (), (), known, described)
     with ExitStack() as stack:
         opened = {m.path: stack.enter_context(Checkpoint(m.path)) for m in models}
         first = opened[pattern]
@@ -87,7 +86,14 @@ def merge_checkpoints(
             _task(name, entry, dtype, given, factors, len(models), base is not None)
             for name, entry in first.entries.items()
         ]
-        job = dataclasses.replace(job, shards=plan_tasks(tasks, shard_size))
+        job = Job(
+            models=models,
+            seed=seed,
+            folder=str(staging),
+            shards=plan_tasks(tasks, shard_size),
+            statistics=known,
+            described=described,
+        )
         check_tasks(job, opened, ALIGN)
     return run_job(job, target, files_beside(Path(pattern)), processes=processes, progress=progress)
 
