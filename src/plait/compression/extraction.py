@@ -42,6 +42,7 @@ from plait.statistics.progress import track
 
 Decomposition = Literal["randomized", "krylov", "exact"]
 Triplets = tuple[Tensor, Tensor, Tensor]
+STRETCH = 1 << 16
 MOST = 128
 """Leading components of a site that a budget may choose from."""
 
@@ -217,8 +218,11 @@ class _Work:
 
 
 def _norm(change: Tensor) -> float:
-    """Of all entries, summed in float64."""
-    return float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    """Of all entries; float32 in stretches short enough that their sums keep its precision."""
+    if change.dtype != torch.float32:
+        return float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    stretches = change.reshape(-1).split(STRETCH)
+    return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in stretches))
 
 
 def _changed(
