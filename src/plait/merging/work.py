@@ -70,7 +70,7 @@ class RowMap:
     zeros: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """All that a process needs to write any shard.
 
