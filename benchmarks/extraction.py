@@ -5,8 +5,8 @@
 
 The fine-tune is SmolLM2-135M plus a change of rank 8 in every matrix, with dense noise a third of
 its size, made in a temporary folder. Every contender is its command in a process of its own, with
-one thread; CPU seconds include its imports (Plait's from bytecode, as an installed package has it:
-a first run, not counted, makes it). The error is the mean of ||dW - B A|| / ||dW|| over the
+one thread; CPU seconds include its imports, which are timed alone too (Plait's from bytecode, as an
+installed package has it: a first run, not counted, makes it). The error is the mean of ||dW - B A|| / ||dW|| over the
 210 linear layers, read from the files. One JSON line goes to benchmarks/results/extraction.jsonl.
 """
 
@@ -90,6 +90,11 @@ def mergekit_command(program: str, tuned: Path, out: Path, rank: int) -> list[st
     return [program, *where, "--max-rank", str(rank), "--quiet"]
 
 
+def imports(python: str, modules: str) -> float:
+    """CPU seconds until a command's modules are there."""
+    return float(measure([python, "-c", f"import {modules}"])["cpu_s"])
+
+
 def size(folder: Path) -> float:
     """Megabytes of the adapter's tensors on disk."""
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
@@ -112,20 +117,28 @@ def main() -> None:
             command = plait_command(tuned, work / form, args.rank, form)
             found[f"plait, {form}"] = measure(command) | {"mb": size(work / form)}
         own_error = error(tuned, work / "peft")
+        start = imports(sys.executable, "plait.cli.main, plait.compression, plait.training.bases")
         for case in ("plait, plait", "plait, peft"):
-            found[case]["error"] = own_error
+            found[case] |= {"error": own_error, "imports_s": start}
         if args.mergekit:
+            peer = imports(
+                str(Path(args.mergekit).with_name("python")), "mergekit.scripts.extract_lora"
+            )
             for case, flags in (("mergekit", []), ("mergekit --embed-lora", ["--embed-lora"])):
                 out = work / case.replace(" ", "")
                 command = mergekit_command(args.mergekit, tuned, out, args.rank)
                 # Without a network it ends with 1, after everything but its README is written.
                 figures = measure([*command, *flags], accept=(0, 1))
-                found[case] = figures | {"mb": size(out), "error": error(tuned, out)}
+                facts = {"mb": size(out), "error": error(tuned, out), "imports_s": peer}
+                found[case] = figures | facts
+    own = found["plait, plait"]
     for case, line in found.items():
-        share = found["plait, plait"]["cpu_s"] / line["cpu_s"]
+        whole = line["cpu_s"] / own["cpu_s"]
+        work = (line["cpu_s"] - line["imports_s"]) / (own["cpu_s"] - own["imports_s"])
         print(
-            f"{case:22} {line['cpu_s']:6.2f} CPU s {line['peak_mb']:6.0f} MB memory "
-            f"{line['mb']:6.1f} MB file  error {line['error']:.4f}  Plait's CPU share {share:.3f}"
+            f"{case:22} {line['cpu_s']:6.2f} CPU s ({line['imports_s']:.2f} imports) "
+            f"{line['peak_mb']:6.0f} MB memory {line['mb']:6.1f} MB file  error "
+            f"{line['error']:.4f}  {whole:5.2f} x Plait's, without imports {work:5.2f} x"
         )
     with RESULTS.open("a") as out_file:
         line = {"rank": args.rank, "machine": machine(), "found": found}
