@@ -6,8 +6,9 @@
 The fine-tune is SmolLM2-135M plus a change of rank 8 in every matrix, with dense noise a third of
 its size, made in a temporary folder. Every contender is its command in a process of its own, with
 one thread; CPU seconds include its imports, which are timed alone too (Plait's from bytecode, as an
-installed package has it: a first run, not counted, makes it). The error is the mean of ||dW - B A|| / ||dW|| over the
-210 linear layers, read from the files. One JSON line goes to benchmarks/results/extraction.jsonl.
+installed package has it: a first run, not counted, makes it). The error is the mean of
+||dW - B A|| / ||dW|| over the 210 linear layers, read from the files. One JSON line goes to
+benchmarks/results/extraction.jsonl.
 """
 
 from __future__ import annotations
