@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from damaged import LAYERS, deep_model, look_trained, lora, save_base, site
 
 import plait
+from damaged import LAYERS, deep_model, look_trained, lora, save_base, site
 from plait.adapter import Adapter, method_names
 from plait.evaluation import inspect_adapter, inspect_adapters
 from plait.evaluation.inspection import AdapterReport

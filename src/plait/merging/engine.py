@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import PlaitError
+from plait.linalg import all_finite
 from plait.merging.changes import Changes
 from plait.merging.method import Merge, get_merge_method, make_merge
 from plait.merging.opened import Asked, Opened, open_inputs
@@ -189,5 +190,5 @@ def _merged(
 
 
 def _require_finite(name: str, merged: Tensor) -> None:
-    if not bool(torch.isfinite(merged.sum())) and not bool(torch.isfinite(merged).all()):
+    if not all_finite(merged):
         raise PlaitError(f"tensor {name!r} has NaN or infinity in an input, or after the merge.")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plait.adapter import Run
 from plait.adapter.activation import install_plans
 from plait.adapter.state import get_state
 from plait.errors import PlaitError
@@ -105,6 +106,17 @@ def base_alone(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         install_plans(state, before)
+
+
+def refuse_trained_base(run: Run, rule: str, instead: str) -> None:
+    """PlaitError where a rule that runs the base alone meets a method that trains W in place."""
+    for adapter in run.adapters:
+        if adapter.method.traits.edits_base:
+            raise PlaitError(
+                f"rule {rule} runs the base between a forward and its backward, and adapter "
+                f"{adapter.name!r} ({adapter.method.name}) trains the base's weights in place; "
+                f"{instead}."
+            )
 
 
 def loss_of(output: Any) -> Tensor:

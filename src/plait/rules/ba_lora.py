@@ -37,7 +37,7 @@ from plait.rules._output_losses import (
     divergence,
     negative_entropy,
 )
-from plait.rules._passes import Pass, Passes, base_alone, logits_of
+from plait.rules._passes import Pass, Passes, base_alone, logits_of, refuse_trained_base
 
 
 @dataclass
@@ -67,13 +67,8 @@ class BaLora(Rule):
 
     def check(self, run: Run) -> None:
         super().check(run)
-        for adapter in run.adapters:
-            if self.consistency and adapter.method.traits.edits_base:
-                raise PlaitError(
-                    f"rule BaLora runs the base between a forward and its backward, and adapter "
-                    f"{adapter.name!r} ({adapter.method.name}) trains the base's weights in place; "
-                    "use consistency 0."
-                )
+        if self.consistency:
+            refuse_trained_base(run, "BaLora", "use consistency 0")
 
     def setup(self, run: Run) -> None:
         super().setup(run)

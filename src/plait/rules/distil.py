@@ -26,7 +26,7 @@ from plait.errors import PlaitError
 from plait.linalg.precision import working_dtype
 from plait.rules._cached_rows import CachedRows
 from plait.rules._output_losses import divergence
-from plait.rules._passes import Pass, Passes, base_alone
+from plait.rules._passes import Pass, Passes, base_alone, refuse_trained_base
 
 
 @dataclass
@@ -44,13 +44,8 @@ class Distil(Rule):
 
     def check(self, run: Run) -> None:
         super().check(run)
-        for adapter in run.adapters:
-            if self.rows is None and adapter.method.traits.edits_base:
-                raise PlaitError(
-                    f"rule Distil runs the base between a forward and its backward, and adapter "
-                    f"{adapter.name!r} ({adapter.method.name}) trains the base's weights in place; "
-                    "give rows of a teacher."
-                )
+        if self.rows is None:
+            refuse_trained_base(run, "Distil", "give rows of a teacher")
 
     def setup(self, run: Run) -> None:
         super().setup(run)
