@@ -125,11 +125,20 @@ class _Found:
         self.low = LowRank.from_svd(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype)
 
     def measure(self, change: Tensor, norm: float) -> None:
-        """The error of the factors as they are stored, rounding included; `change` is spent."""
+        """The error of the factors as they are stored; `change` is spent.
+
+        They are a projection of the change, so what they leave is orthogonal to what they hold. An
+        error so small that rounding would show in it is measured on the matrix instead.
+        """
         assert self.low is not None
+        kept = self.triplets[1][..., : self.low.rank].double().square().sum()
+        left = 1 - float(kept) / norm**2
+        if left > max(1e-4, 100 * torch.finfo(self.low.dtype).eps ** 2):
+            self.error = math.sqrt(left)
+            return
         B, A = (self.low.B * self.low.scale).to(change), self.low.A.to(change)
-        left = change.sub_(B @ A) if change.dim() > 2 else change.addmm_(B, A, alpha=-1)
-        self.error = _norm(left) / norm
+        rest = change.sub_(B @ A) if change.dim() > 2 else change.addmm_(B, A, alpha=-1)
+        self.error = _norm(rest) / norm
 
 
 @dataclass
