@@ -13,6 +13,7 @@ import pytest
 import torch
 from recipe_models import loaded, write_model
 from safetensors.torch import save_file
+from shard_writing import stopped_after, watched
 
 from plait.errors import FormatError, PlaitError
 from plait.merging import engine, merge_checkpoints, shards
@@ -134,20 +135,11 @@ def test_a_disk_that_fills_up_half_way(here: Path, untouched, monkeypatch) -> No
 
 
 def test_a_changed_recipe_or_input_starts_anew(here: Path, monkeypatch) -> None:
-    real, made = engine._write_one, []
-
-    def stop_after_two(job, index):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(index)
-        real(job, index)
-
-    monkeypatch.setattr(engine, "_write_one", stop_after_two)
+    stopped_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         merge_recipe("recipe.yml", "out", shard_size=SMALL)
-    monkeypatch.setattr(engine, "_write_one", lambda j, i: (again.append(i), real(j, i)))
+    again = watched(monkeypatch)
     (here / "recipe.yml").write_text(TIES.replace("weight: 1,", "weight: 2,"))
-    again: list[int] = []
     merge_recipe("recipe.yml", "out", shard_size=SMALL)
     assert 0 in again and 1 in again
     merge_recipe("recipe.yml", "whole")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from recipe_models import loaded
+from safetensors.torch import save_file
+from shard_writing import stopped_after, watched
 from torch import Tensor
 
 import plait
@@ -44,13 +46,6 @@ def models(tmp_path: Path) -> dict[str, Path]:
     made = {name: write(tmp_path / name, state(i)) for i, name in enumerate(("base", "a", "b"))}
     made["out"] = tmp_path / "out"
     return made
-
-
-def loaded(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def test_the_weighted_sum_of_changes_is_added_to_the_base(models) -> None:
@@ -120,20 +115,11 @@ def test_adapters_and_models_merge_together(tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_with_the_shards_that_are_missing(models, monkeypatch) -> None:
     inputs, given = [models["a"], models["b"]], {"base": models["base"], "shard_size": 500}
-    write_one, written = engine._write_one, []
-
-    def once_then_die(job, index):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(index)
-        write_one(job, index)
-
-    monkeypatch.setattr(engine, "_write_one", once_then_die)
+    written = stopped_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoints(inputs, models["out"], **given)
     assert not models["out"].exists()
-    again: list[int] = []
-    monkeypatch.setattr(engine, "_write_one", lambda j, i: (again.append(i), write_one(j, i)))
+    again = watched(monkeypatch)
     merge_checkpoints(inputs, models["out"], **given)
     assert again and not set(again) & set(written)
     assert not list(models["out"].parent.glob(".*merging"))

@@ -10,6 +10,7 @@ from rule_models import batches, make_stack, randomise, train
 from torch import Tensor, nn
 
 import plait
+from plait.errors import FormatError
 from plait.rules._block_outputs import shortfall
 from plait.rules._reservoir import Reservoir
 from plait.rules.i_lora import ILora
@@ -255,8 +256,8 @@ def test_the_memory_goes_from_run_to_run_in_a_file_that_is_whole_or_not_there(
         raise OSError("disk full")
 
     before = file.read_bytes()
-    monkeypatch.setattr("plait.rules._reservoir.save_file", fails)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    with pytest.raises(FormatError, match=r"disk full; what was there is intact"):
         run.finish()
     assert file.read_bytes() == before and len(list(file.parent.iterdir())) == 1
     smaller = ILora(memory=2, memory_file=str(file))

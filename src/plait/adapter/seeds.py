@@ -12,6 +12,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def draw(kind: str, shape: tuple[int, ...], seed: int, *names: str) -> Tensor:
     return DRAWS[kind](shape, generator(seed, *names))
 
 
-def checksum(tensor: Tensor) -> int:
-    """CRC-32 of the tensor's bytes (on the CPU, contiguous)."""
+def checksum(tensor: Tensor, start: int = 0) -> int:
+    """CRC-32 of the tensor's bytes (on the CPU, contiguous), or of those behind others' `start`."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else 0
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return zlib.crc32(data, start)

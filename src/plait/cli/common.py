@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,14 @@ def print_table(table: Any) -> None:
 def note(text: str) -> None:
     """Something to know that is no result, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def can_draw(name: str) -> bool:
+    """Whether matplotlib is installed; a note says which picture is missing without it."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    note(f"no {name}: this needs matplotlib; run `pip install 'plait[plots]'`")
+    return False
 
 
 def on_terminal() -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plait.cli.common import Shelf, note, on_terminal, open_base
+from plait.cli.common import Shelf, can_draw, note, on_terminal, open_base
 from plait.cli.convert import dropped_line, size_of
 from plait.errors import PlaitError
 
@@ -163,11 +163,8 @@ def _say_checkpoint(asked: Asked, written: Path) -> None:
 
 def _picture(folder: Path, facts: dict[str, Any]) -> None:
     """The heat map, where matplotlib is installed."""
-    import importlib.util
-
     note(f"wrote {folder / 'merge.json'}")
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no merge.png: this needs matplotlib; run `pip install 'plait[plots]'`")
+    if not can_draw("merge.png"):
         return
     from plait.merging.heatmap import heat_map
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plait.cli.common import BASE_HELP, examples, note, on_terminal, read_settings
+from plait.cli.common import BASE_HELP, can_draw, examples, note, on_terminal, read_settings
 from plait.cli.convert import dropped_line, size_of
 
 
@@ -108,10 +108,7 @@ def _name(out: Path) -> str:
 
 def _plot(found: Any, file: Path) -> None:
     """The front as an image, where matplotlib is installed."""
-    import importlib.util
-
-    if importlib.util.find_spec("matplotlib") is None:
-        note("no front.png: this needs matplotlib; run `pip install 'plait[plots]'`")
+    if not can_draw("front.png"):
         return
     from plait.merging.search.plot import front_plot
 

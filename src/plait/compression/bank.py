@@ -137,11 +137,6 @@ class Bank:
             raise FormatError(f"{file}: {' '.join(str(e).split())[:200]}") from e
 
 
-def holds_bank(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a bank."""
-    return (Path(path) / DESCRIPTION).is_file()
-
-
 def parts_of(adapters: Sequence[Given]) -> list[AdapterChanges]:
     """The changes of adapters that go into one bank; PlaitError where they cannot."""
     parts = [take_apart(a) for a in adapters]

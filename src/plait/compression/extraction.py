@@ -12,9 +12,10 @@ newest versions can tie adapters); norms and biases are no matrices, and are kep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -101,11 +102,12 @@ def extract(
                 wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
                 change = new.to(wide) - old.to(wide)
                 work.take(mine, change, places.sites(mine, tuple(old.shape)), targets, new.dtype)
-        if budget is not None:  # all matrices had to be seen first: what was lost takes a new look
+        if budget is not None:  # all matrices had to be seen before any could be cut
             kept = choose_ranks(work.spectra, work.totals, work.prices, **work.cut)
             for mine, found in work.found.items():
                 found.truncate(kept[mine], work.dtype)
-                found.measure(*_changed(found, first, second, mine, dict(todo)[mine]))
+                again = partial(_changed, found, first, second, mine, dict(todo)[mine])
+                found.measure(again, math.sqrt(work.totals[mine]))
     result = _adapter(work, rest, name)
     result.info["extract"] |= {"base": first.label, "tuned": second.label}
     return result
@@ -124,8 +126,8 @@ class _Found:
         U, S, Vh = self.triplets
         self.low = LowRank.from_svd(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype)
 
-    def measure(self, change: Tensor, norm: float) -> None:
-        """The error of the factors as they are stored; `change` is spent.
+    def measure(self, look: Callable[[], Tensor], norm: float) -> None:
+        """The error of the factors as they are stored; the change that `look` gives is spent.
 
         They are a projection of the change, so what they leave is orthogonal to what they hold. An
         error so small that rounding would show in it is measured on the matrix instead.
@@ -136,6 +138,7 @@ class _Found:
         if left > max(1e-4, 100 * torch.finfo(self.low.dtype).eps ** 2):
             self.error = math.sqrt(left)
             return
+        change = look()
         B, A = (self.low.B * self.low.scale).to(change), self.low.A.to(change)
         rest = change.sub_(B @ A) if change.dim() > 2 else change.addmm_(B, A, alpha=-1)
         self.error = _norm(rest) / norm
@@ -202,7 +205,7 @@ class _Work:
         if self.budget is None:
             own = {name: self.spectra[name]}, {name: square}, {name: self.prices[name]}
             found.truncate(choose_ranks(*own, **self.cut)[name], self.dtype)
-            found.measure(change, norm)
+            found.measure(lambda: change, norm)
 
     def _leading(self, M: Tensor, square: float) -> Triplets:
         """As many triplets as the cut may ask for; for a share the sketch grows until it holds."""
@@ -234,13 +237,10 @@ def _norm(change: Tensor) -> float:
     return math.sqrt(sum(float(torch.dot(piece, piece)) for piece in stretches))
 
 
-def _changed(
-    found: _Found, first: Weights, second: Weights, mine: str, theirs: str
-) -> tuple[Tensor, float]:
-    """The change of one matrix in canonical orientation, read once more, and its norm."""
+def _changed(found: _Found, first: Weights, second: Weights, mine: str, theirs: str) -> Tensor:
+    """The change of one matrix in canonical orientation, read once more."""
     wide = torch.promote_types(found.triplets[0].dtype, torch.float32)
-    change = canonical(found.sites[0], second.read(theirs).to(wide) - first.read(mine).to(wide))
-    return change, _norm(change)
+    return canonical(found.sites[0], second.read(theirs).to(wide) - first.read(mine).to(wide))
 
 
 def _placed(found: _Found) -> Iterator[tuple[Site, LowRank]]:

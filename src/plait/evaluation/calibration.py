@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from plait.errors import PlaitError
+from plait.evaluation.figures import new_figure
 
 Binning = Literal["width", "mass"]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -111,12 +112,8 @@ def reliability_plot(
     The ending of `path` names the format (.png, .svg, .pdf); missing folders are made. Raises
     PlaitError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PlaitError("plots need matplotlib; run `pip install 'plait[plots]'`.") from None
     found = [b for b in reliability(probabilities, labels, bins, binning) if b.count]
-    figure = Figure(figsize=(4.6, 5.2), layout="constrained")
+    figure = new_figure(4.6, 5.2)
     above, below = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     left = [b.low for b in found]
     width = [max(b.high - b.low, 4e-3) for b in found]

@@ -14,6 +14,7 @@ from plait.errors import PlaitError, unknown
 from plait.evaluation import metrics as asked
 from plait.evaluation.generate import Advance
 from plait.evaluation.metrics import Asking, Scorer, choice_scores, loss_scores, text_scores
+from plait.evaluation.progress import bar
 from plait.evaluation.question import Question, read_questions
 from plait.evaluation.results import Evaluation, Result, Score
 from plait.evaluation.rows import Voices, can_share
@@ -78,7 +79,7 @@ def evaluate(
     chosen = choices_of(model, adapters)
     steps = _steps(questions, wanted, bool(scorers)) * len(chosen)
     found: dict[str, Result] = {}
-    with kept(model), _bar(progress, steps) as advance:
+    with kept(model), bar("evaluating", steps, progress) as advance:
         for labels, voices in _groups(model, chosen, mixed):
             active = chosen[labels[0]]
             if voices is None and active is not None:
@@ -206,18 +207,3 @@ def kept(model: Any) -> Iterator[None]:
             module.training = mode
         if before is not None:
             activate(model, before)
-
-
-@contextlib.contextmanager
-def _bar(show: bool, total: int) -> Iterator[Advance]:
-    if not show:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda done: bar.advance(task, done)

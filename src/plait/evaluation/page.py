@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from plait.adapter.formats.atomic import text_writer, write_file
+
 STYLE = """
 :root { --ink: #1d2433; --soft: #5b6577; --line: #dfe3ea; --panel: #f6f7f9; --good: #0a7f5a;
   --bad: #b3261e; --warn: #8a5a00; }
@@ -163,12 +165,7 @@ def write_page(
 ) -> Path:
     """Write the page; missing folders are made, and a page that was there stays whole until the
     new one is."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.write_text(page(title, parts, lead), encoding="utf-8")
-    os.replace(part, target)
-    return target
+    return write_file(Path(path), text_writer(page(title, parts, lead)))
 
 
 def png(figure: Any, dpi: int = 150) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from plait.adapter.formats.atomic import tensors_writer, write_file
 from plait.errors import PlaitError
 
 Statistics = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -37,17 +38,11 @@ class Stored:
 
 def save_statistics(path: str | os.PathLike[str], found: Mapping[str, Tensor]) -> Path:
     """Write {site path: tensor} as one safetensors file, atomically; shared tensors once."""
-    from safetensors.torch import save_file
-
     first: dict[int, str] = {}
     same = {p: first.setdefault(id(tensor), p) for p, tensor in found.items()}
-    tensors = {p: found[p].contiguous() for p in first.values()}
+    tensors = {p: found[p] for p in first.values()}
     shared = {p: name for p, name in same.items() if p != name}
-    target = Path(path)
-    made = target.with_name(target.name + ".made")
-    save_file(tensors, made, metadata={"same": json.dumps(shared)})
-    os.replace(made, target)
-    return target
+    return write_file(Path(path), tensors_writer(tensors, {"same": json.dumps(shared)}))
 
 
 def open_statistics(

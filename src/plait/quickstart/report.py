@@ -7,8 +7,8 @@ import html
 from pathlib import Path
 from typing import Any
 
+from plait.adapter.formats.atomic import text_writer, write_file
 from plait.quickstart.plots import MERGED, loss_plot, norm_plot, score_plot
-from plait.quickstart.stages import write_whole
 
 STYLE = """
 :root { --ink: #1d2433; --soft: #5b6577; --line: #dfe3ea; --good: #0a7f5a; --panel: #f6f7f9; }
@@ -54,7 +54,7 @@ def write_report(folder: Path, facts: dict[str, Any]) -> Path:
         f"<title>Plait quickstart</title><style>{STYLE}</style><body>{body}</body></html>"
     )
     report = folder / "report.html"
-    write_whole(report, page)
+    write_file(report, text_writer(page))
     return report
 
 

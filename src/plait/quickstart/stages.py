@@ -8,11 +8,12 @@ is missing, or was made with other settings.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from plait.adapter.formats.atomic import text_writer, write_file
 
 Facts = dict[str, Any]
 
@@ -40,12 +41,6 @@ class Stages:
         start = time.perf_counter()
         facts = work()
         facts["seconds"] = round(time.perf_counter() - start, 2)
-        write_whole(file, json.dumps({"settings": stamp, "facts": facts}, ensure_ascii=False))
+        text = json.dumps({"settings": stamp, "facts": facts}, ensure_ascii=False)
+        write_file(file, text_writer(text))
         return facts
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write through a temporary sibling and a rename."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)

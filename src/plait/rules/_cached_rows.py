@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.adapter.formats.atomic import tensors_writer, write_file
 from plait.errors import FormatError, PlaitError
 
 IGNORE = -100
@@ -39,8 +40,6 @@ def write_rows(
     path: str | os.PathLike[str], examples: Mapping[int, Rows], facts: Mapping[str, Any]
 ) -> Path:
     """Write {key: rows of one example}; `facts` (plain data) go into the header."""
-    from safetensors.torch import save_file
-
     if not examples:
         raise PlaitError("there are no rows to write.")
     starts = torch.tensor([0, *(len(ids) for ids, _ in examples.values())]).cumsum(0)
@@ -50,12 +49,8 @@ def write_rows(
         "ids": torch.cat([ids.to(torch.int32) for ids, _ in examples.values()]),
         "shares": torch.cat([shares.float() for _, shares in examples.values()]),
     }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = target.with_name(target.name + ".made")
-    save_file(tensors, made, metadata={"format": FORMAT, "facts": json.dumps(dict(facts))})
-    os.replace(made, target)
-    return target
+    header = {"format": FORMAT, "facts": json.dumps(dict(facts))}
+    return write_file(Path(path), tensors_writer(tensors, header))
 
 
 class CachedRows:

@@ -91,6 +91,12 @@ class Passes:
         with self.quiet():
             return self.model(*done.args, **done.kwargs)
 
+    @torch.no_grad()
+    def of_base(self, done: Pass) -> Tensor:
+        """The predictions [n, classes] that the base alone makes for the same batch."""
+        with base_alone(self.model):
+            return done.predictions(self.again(done))
+
     def close(self) -> None:
         self._last = None
         self._handle.remove()

@@ -7,16 +7,15 @@ runs and accumulated micro-batches fill the same memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from plait.adapter.formats.atomic import tensors_writer, write_file
 from plait.adapter.seeds import generator
 from plait.errors import FormatError, PlaitError
 from plait.rules._passes import IGNORE
@@ -84,17 +83,9 @@ class Reservoir:
 
     def save(self, path: Path, **facts: int) -> None:
         """Write rows and whole numbers to a safetensors file, whole or not at all."""
-        tensors = {
-            f"{i}/{n}": t.contiguous() for i, r in enumerate(self.rows) for n, t in r.items()
-        }
+        tensors = {f"{i}/{n}": t for i, r in enumerate(self.rows) for n, t in r.items()}
         numbers = {"seen": self.seen, "rows": len(self.rows), **facts}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(tensors, temporary, metadata={n: str(v) for n, v in numbers.items()})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, tensors_writer(tensors, {n: str(v) for n, v in numbers.items()}))
 
     def load(self, path: Path) -> dict[str, int]:
         """Take over what `save` wrote (a random part where there is less room); its numbers."""

@@ -37,7 +37,7 @@ from plait.rules._output_losses import (
     divergence,
     negative_entropy,
 )
-from plait.rules._passes import Pass, Passes, base_alone, logits_of, refuse_trained_base
+from plait.rules._passes import Pass, Passes, logits_of, refuse_trained_base
 
 
 @dataclass
@@ -89,17 +89,11 @@ class BaLora(Rule):
         tokens = logits_of(done.output).dim() > 2 if self.form == "auto" else self.form == "nlg"
         if self.consistency:
             near = divergence if tokens else distance
-            yield self.consistency, near(z, self._reference(done))
+            yield self.consistency, near(z, self._passes.of_base(done))
         if self.diversity:
             yield self.diversity, negative_entropy(z) if tokens else covariance(z)
         if self.svd:
             yield self.svd, concentration(z, self.k, self.svd_rows)
-
-    @torch.no_grad()
-    def _reference(self, done: Pass) -> Tensor:
-        """The base's logits for the same batch."""
-        with base_alone(self.run.model):
-            return done.predictions(self._passes.again(done))
 
     def finish(self) -> None:
         self._passes.close()

@@ -26,7 +26,7 @@ from plait.errors import PlaitError
 from plait.linalg.precision import working_dtype
 from plait.rules._cached_rows import CachedRows
 from plait.rules._output_losses import divergence
-from plait.rules._passes import Pass, Passes, base_alone, refuse_trained_base
+from plait.rules._passes import Passes, refuse_trained_base
 
 
 @dataclass
@@ -60,16 +60,11 @@ class Distil(Rule):
         if not len(labels):
             return None
         if self._cache is None:
-            excess = divergence(z, self._reference(done)) - F.cross_entropy(_wide(z), labels)
+            excess = divergence(z, self._passes.of_base(done)) - F.cross_entropy(_wide(z), labels)
         else:
             ids, shares = self._cache.find(done.kwargs)
             excess = sparse_excess(z, labels, ids.to(z.device), shares.to(z.device))
         return (1 - self.ce) * excess
-
-    @torch.no_grad()
-    def _reference(self, done: Pass) -> Tensor:
-        with base_alone(self.run.model):
-            return done.predictions(self._passes.again(done))
 
     def finish(self) -> None:
         self._passes.close()

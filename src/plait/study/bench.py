@@ -16,7 +16,6 @@ import math
 import shutil
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from plait.adapter import Adapter, RuleStack, attach, detach, get_method, routing
+from plait.adapter import Adapter, RuleStack, attach, detach, get_method, routing, seeds
 from plait.adapter.state import find_state
 from plait.study.halving import goes_on, rungs
 from plait.study.job import Course, Job, Record
@@ -294,8 +293,7 @@ def checksum(model: nn.Module) -> int:
     """Of the bits of every parameter and buffer."""
     found = 0
     for _, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        bits: Any = tensor.detach().contiguous().flatten().cpu().view(torch.uint8).numpy()
-        found = zlib.crc32(bits, found)
+        found = seeds.checksum(tensor, found)
     return found
 
 

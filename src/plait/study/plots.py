@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from plait.evaluation.figures import new_figure
 from plait.evaluation.labels import Place, name_points
 from plait.evaluation.page import png
 from plait.study.results import Comparison, Row
@@ -179,9 +180,7 @@ def _named(found: Comparison) -> str:
 
 
 def _figure(width: float, height: float, columns: int = 1, **shared: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # the object form needs no display
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     axes = figure.subplots(1, columns, squeeze=False, **shared)[0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)

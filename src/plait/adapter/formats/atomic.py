@@ -1,4 +1,4 @@
-"""Writing adapters so that a full disk, Ctrl-C or a crash leaves the previous one intact.
+"""Writing files so that a full disk, Ctrl-C or a crash leaves the previous one intact.
 
 Everything is first written and flushed under a hidden temporary name where it belongs, and only
 then renamed. A folder that did not exist appears in one rename; in one that did, the files are
@@ -43,7 +43,7 @@ def write_folder(path: Path, files: Mapping[str, Writer]) -> Path:
 def write_file(path: Path, write: Writer) -> Path:
     """Write one file atomically."""
     if path.is_dir():
-        raise FormatError(f"{path} is a folder; this format is a single .safetensors file.")
+        raise FormatError(f"{path} is a folder; give the name of a file.")
     with _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = _hidden_sibling(path)
@@ -140,7 +140,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        kept = "; the adapter that was there is intact" if path.exists() else ""
+        kept = "; what was there is intact" if path.exists() else ""
         raise FormatError(f"{path} could not be written: {e.strerror or e}{kept}.") from e
     except Exception as e:
         if type(e).__name__ == "SafetensorError":  # safetensors reports a full disk this way

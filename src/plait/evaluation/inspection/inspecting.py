@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from plait.evaluation.inspection.measure import measure_site
 from plait.evaluation.inspection.report import AdapterReport, SiteReport
 from plait.evaluation.inspection.savings import find_savings
 from plait.evaluation.inspection.similarity import Change, Pair, Similarities
+from plait.evaluation.progress import bar
 from plait.evaluation.results import finite
 
 Given = Adapter | str | os.PathLike[str]
@@ -101,10 +102,10 @@ def inspect_adapters(
         labels = _labels(adapters, given)
         work = _Work(adapters, labels, weights, entropy, intruders)
         paths = list(dict.fromkeys(path for a in adapters for path in a.deltas))
-        with _bar(progress, len(paths)) as advance:
+        with bar("inspecting", len(paths), progress) as advance:
             for path in paths:
                 work.site(path)
-                advance()
+                advance(1)
         reports = [
             _report(adapter, label, source, sites, weights)
             for adapter, label, source, sites in zip(
@@ -283,18 +284,3 @@ def _labels(adapters: Sequence[Adapter], given: Sequence[Given]) -> list[str]:
             label = str(source)
         found.append(label if label not in found else f"{label} ({len(found) + 1})")
     return found
-
-
-@contextlib.contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
-    if not show:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("inspecting"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("inspecting", total=total)
-        yield lambda: bar.advance(task)

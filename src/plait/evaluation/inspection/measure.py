@@ -7,7 +7,7 @@ from torch import Tensor
 
 from plait.adapter import Delta, block_index
 from plait.evaluation.inspection.report import SiteReport
-from plait.linalg import LowRank, entropy_profile
+from plait.linalg import LowRank, all_finite, entropy_profile
 from plait.linalg.entanglement import prime_factors
 
 ENERGIES = (0.9, 0.99, 0.999)
@@ -41,7 +41,7 @@ def measure_site(
         return report, None
     low = delta.factors()
     change = _matrix(delta.dense()) if low is None else low
-    if (low is not None and not _is_finite(low)) or (low is None and not _all_finite(change)):
+    if not all_finite(change if isinstance(change, Tensor) else change.norm()):
         report.not_finite, report.note = 1, "its change overflows"
         return report, None
     _measure(report, change)
@@ -65,14 +65,6 @@ def _obstacle(report: SiteReport, delta: Delta) -> str:
 
 def _matrix(dense: Tensor) -> Tensor:
     return dense if dense.dim() >= 2 else dense.unsqueeze(0)
-
-
-def _is_finite(low: LowRank) -> bool:
-    return _all_finite(low.norm())
-
-
-def _all_finite(value: Tensor | LowRank) -> bool:
-    return isinstance(value, Tensor) and bool(torch.isfinite(value).all())
 
 
 def _measure(report: SiteReport, change: LowRank | Tensor) -> None:

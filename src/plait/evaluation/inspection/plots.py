@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from plait.errors import PlaitError
+from plait.evaluation.figures import new_figure
 from plait.evaluation.inspection.inspecting import Inspection
 from plait.evaluation.inspection.report import AdapterReport, SiteReport
 from plait.evaluation.inspection.similarity import Pair
@@ -53,7 +53,7 @@ def _site_map(report: AdapterReport, label: str, value: Value, whole: bool = Fal
     """Layers x modules on a scale from 0; `whole` numbers also stand in their cells."""
     sites = {s.path: value(s) for s in report.sites}
     grid, rows, columns = _grid(report.sites, sites)
-    figure = _figure(1.7 + 0.48 * len(columns), 1.3 + 0.13 * len(rows))
+    figure = new_figure(1.7 + 0.48 * len(columns), 1.3 + 0.13 * len(rows))
     axes = figure.subplots()
     largest = max((v for v in sites.values() if v is not None), default=0)
     image = _show(axes, grid, rows, columns, vmin=0, vmax=largest or 1)
@@ -149,7 +149,7 @@ def _entanglement(report: AdapterReport) -> Any:
 
 
 def _lines(lines: Mapping[str, tuple[Any, Any]]) -> tuple[Any, Any]:
-    figure = _figure(5.3, 3.6)
+    figure = new_figure(5.3, 3.6)
     axes = figure.subplots()
     for i, (name, (x, y)) in enumerate(lines.items()):
         axes.plot(x, y, marker=".", label=name, color=LINES[i % len(LINES)], linewidth=1.3)
@@ -169,7 +169,7 @@ def _matrices(inspection: Inspection) -> Any:
         "rows overlap": "row_overlap",
     }
     side = 1.2 + 0.5 * len(labels)
-    figure = _figure(3 * side + 1.5, side + 0.6)
+    figure = new_figure(3 * side + 1.5, side + 0.6)
     for axes, (title, name) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         grid = np.full((len(labels), len(labels)), np.nan)
         np.fill_diagonal(grid, 1.0)
@@ -202,7 +202,7 @@ def _pair_maps(inspection: Inspection, pairs: Sequence[Pair]) -> Any:
     across = min(3, len(pairs))
     down = -(-len(pairs) // across)
     width, height = 0.6 + 0.33 * len(columns), 1.1 + 0.09 * len(rows)
-    figure = _figure(width * across + 1.4, height * down + 0.2)
+    figure = new_figure(width * across + 1.4, height * down + 0.2)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(pairs) :]:
         axes.set_axis_off()
@@ -217,11 +217,3 @@ def _pair_maps(inspection: Inspection, pairs: Sequence[Pair]) -> Any:
 
 def _short(label: str, most: int = 18) -> str:
     return label if len(label) <= most else "…" + label[1 - most :]
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PlaitError("plots need matplotlib; run `pip install 'plait[plots]'`.") from None
-    return Figure(figsize=(width, height), layout="constrained")

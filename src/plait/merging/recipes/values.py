@@ -39,10 +39,6 @@ class Setting:
                 return _interpolated(points, depth)
         return None
 
-    @property
-    def varies(self) -> bool:
-        return len(self.cases) > 1 or len(self.cases[0][1]) > 1 or self.cases[0][0] is not None
-
 
 def parse_setting(value: Any) -> Setting:
     """A setting from what YAML holds; BadValueError says where it is wrong."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from plait.adapter.formats.atomic import text_writer, write_file
 from plait.errors import PlaitError
 
 Answer = dict[str, Any]
@@ -104,9 +105,7 @@ class Trials:
     def _write(self, sections: list[Section]) -> None:
         assert self._file is not None
         lines = [json.dumps(x) + "\n" for search, entries in sections for x in (search, *entries)]
-        made = self._file.with_name(self._file.name + ".made")
-        made.write_text("".join(lines))
-        os.replace(made, self._file)
+        write_file(self._file, text_writer("".join(lines)))
 
     def __call__(self, point: Tensor, ask: Callable[[], Answer]) -> Answer:
         """The answer at `point`: from the file when it was asked there before, else of `ask()`."""
