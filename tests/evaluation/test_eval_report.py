@@ -79,3 +79,35 @@ def test_the_report_holds_everything(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert len(facts["results"]) == 2 and facts["forgetting"][0]["task"] == "quiz 2"
     assert facts["faithfulness"][1]["label"] == "<b>mine</b>"
+
+
+def test_a_change_of_loss_is_that_of_the_scores(tmp_path: Path) -> None:
+    model = tiny_model()
+    adapter = plait.attach(model, "lora", name="a", seed=0)
+    for p in adapter.parameters():
+        p.data = p.data + 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    rows = [{"prompt": f"{i}?", "completion": " yes" * (1 + 3 * (i % 2))} for i in range(6)]
+    asked = {"base": "base", "mine": "a"}
+    found = evaluate(model, byte_tokenizer(), rows, "loss", adapters=asked, template=False)
+    (change,) = forgetting({"task": found})
+    old, new = (found[label].scores["loss"].value for label in asked)
+    assert (change.before, change.after) == pytest.approx((old, new))
+    assert change.score.low <= change.score.value == pytest.approx(new - old)
+
+
+def test_answers_stand_beside_what_was_asked_and_wanted(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} plus?", "completion": f"w{i}" + "x" * 300} for i in range(3)]
+    found = evaluate(tiny_model(), byte_tokenizer(), rows, max_new_tokens=4, template=False)
+    write_evaluation(tmp_path, found)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<th>question</th><th>wanted</th><th>base</th>" in html
+    assert "<td>2 plus?</td><td>w2xxx" in html and "x…</td>" in html
+    assert "x" * 250 not in html
+    facts = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert facts["questions"][0] == {"question": "0 plus?", "answer": rows[0]["completion"]}
+
+
+def test_no_best_where_all_are_equal(tmp_path: Path) -> None:
+    both = [result(n, "f1", [0.0, 1.0]) for n in ("base", "mine")]
+    write_evaluation(tmp_path, Evaluation(both, 2, {}))
+    assert 'class="good' not in (tmp_path / "report.html").read_text(encoding="utf-8")

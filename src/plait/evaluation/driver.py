@@ -94,7 +94,8 @@ def evaluate(
         "template": template,
         "mixed": mixed,
     }
-    return Evaluation([found[label] for label in chosen], len(questions), settings)
+    asked_rows = [{"question": q.asked, "answer": q.answer} for q in questions]
+    return Evaluation([found[label] for label in chosen], len(questions), settings, asked_rows)
 
 
 def _groups(

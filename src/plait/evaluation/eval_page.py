@@ -65,23 +65,27 @@ def write_evaluation(
 def _scores(found: Evaluation) -> Table:
     metrics = list(dict.fromkeys(m for r in found.results for m in r.scores))
     best = {m: _best(found.results, m) for m in metrics}
+    seconds = sum(r.seconds for r in found.results)
     rows = []
     for result in found.results:
         cells: list[Any] = [result.label]
         for metric in metrics:
             score = result.scores.get(metric)
-            top = score is not None and score.value == best[metric] and len(found.results) > 1
-            cells.append(Cell("–" if score is None else str(score), "good" if top else "number"))
-        rows.append([*cells, Cell(f"{result.seconds:.1f}", "number")])
+            top = score is not None and score.value == best[metric]
+            text = "–" if score is None else str(score)
+            cells.append(Cell(text, "good" if top else "", number=True))
+        rows.append(cells)
     names = [m.replace("_", " ") for m in metrics]
-    return Table(["adapter", *names, "seconds"], rows)
+    note = f"Green: the best of a column, whether or not beyond chance. Took {seconds:.1f} s."
+    return Table(["adapter", *names], rows, note)
 
 
 def _best(results: Sequence[Result], metric: str) -> float | None:
+    """The best value, unless there is none or all have it."""
     known = [r.scores[metric] for r in results if metric in r.scores]
-    if not known:
+    values = {score.value for score in known}
+    if len(values) < 2:
         return None
-    values = [score.value for score in known]
     return max(values) if known[0].higher_is_better else min(values)
 
 
@@ -107,7 +111,7 @@ def _forgetting(changes: Sequence[Change]) -> Section:
 
 def _gap(change: Change) -> Cell:
     score = change.score
-    return Cell(f"{score.value:+.4f} [{score.low:+.4f}, {score.high:+.4f}]", "number")
+    return Cell(f"{score.value:+.4f} [{score.low:+.4f}, {score.high:+.4f}]", number=True)
 
 
 def _verdict(change: Change) -> tuple[str, Any]:
@@ -119,7 +123,9 @@ def _verdict(change: Change) -> tuple[str, Any]:
 
 def _reasoning(found: Sequence[Faithfulness]) -> Section:
     names = [t for t in TESTS if any(t in each.scores for each in found)]
-    rows = [[each.label, *(Cell(str(each.scores[n]), "number") for n in names)] for each in found]
+    rows = [
+        [each.label, *(Cell(str(each.scores[n]), number=True) for n in names)] for each in found
+    ]
     note = (
         "Faithful reasoning: early and filler low (answers need the steps), paraphrase high (they "
         "need their meaning). The log forms are mean drops of log p(answer)."
@@ -129,7 +135,14 @@ def _reasoning(found: Sequence[Faithfulness]) -> Section:
 
 
 def _answers(found: Evaluation, most: int = 8) -> Section:
-    labels = [r.label for r in found.results if r.predictions]
-    shown = [r.predictions[:most] for r in found.results if r.predictions]
-    rows = [[Cell(text[:200]) for text in texts] for texts in zip(*shown, strict=True)]
-    return Section("Answers", [Text("The first rows, unselected.", "note"), Table(labels, rows)])
+    columns = {"question": [q["question"] for q in found.questions]}
+    columns["wanted"] = [q["answer"] for q in found.questions]
+    columns |= {r.label: r.predictions for r in found.results if r.predictions}
+    shown = zip(*(texts[:most] for texts in columns.values()), strict=True)
+    rows = [[_start(text) for text in texts] for texts in shown]
+    table = Table([*columns], rows, wrap=True)
+    return Section("Answers", [Text("The first rows, unselected.", "note"), table])
+
+
+def _start(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

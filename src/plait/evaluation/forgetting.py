@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from plait.evaluation.intervals import bootstrap
-from plait.evaluation.results import Evaluation, Score
+from plait.evaluation.results import Evaluation, Result, Score
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,22 @@ def forgetting(tasks: dict[str, Evaluation], before: str = "base") -> list[Chang
         for new in evaluation.results:
             if new is old:
                 continue
-            for metric, values in new.values.items():
+            for metric in new.values:
                 if metric in new.scores and metric in old.values:
-                    found.append(_change(task, new.label, metric, old.values[metric], values))
+                    found.append(_change(task, metric, old, new))
     return found
 
 
-def _change(task: str, label: str, metric: str, old: list[float], new: list[float]) -> Change:
-    pairs = [(a, b) for a, b in zip(old, new, strict=True) if not math.isnan(a + b)]
-    gaps = [b - a for a, b in pairs]
-    better = metric != "loss"
-    mean = sum(gaps) / len(gaps)
-    score = Score(metric, mean, *bootstrap(gaps), len(gaps), "bootstrap", higher_is_better=better)
-    before, after = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-    return Change(task, label, metric, before, after, score)
+def _change(task: str, metric: str, old: Result, new: Result) -> Change:
+    """A loss is a mean over tokens, as its score is: long answers count for more."""
+    better, known = metric != "loss", new.values[metric]
+    weights = [1.0] * len(known) if better else new.values.get("tokens", [1.0] * len(known))
+    rows = zip(old.values[metric], known, weights, strict=True)
+    kept = [(a * w, b * w, w) for a, b, w in rows if not math.isnan(a + b)]
+    total = sum(w for _, _, w in kept)
+    before, after = (sum(row[side] for row in kept) / total for side in (0, 1))
+    gaps, weights = [b - a for a, b, _ in kept], [w for _, _, w in kept]
+    interval = bootstrap(gaps, weights)
+    facts: dict[str, Any] = {"interval": "bootstrap", "higher_is_better": better}
+    score = Score(metric, after - before, *interval, len(kept), **facts)
+    return Change(task, new.label, metric, before, after, score)

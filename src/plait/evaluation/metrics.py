@@ -185,7 +185,8 @@ def loss_scores(found: Sequence[Likelihood], max_length: int) -> Judged:
         "loss": Score("loss", loss, low, high, **facts),
         "perplexity": Score("perplexity", _exp(loss), _exp(low), _exp(high), **facts),
     }
-    return scores, {"loss": [f.per_token if f.tokens else math.nan for f in found]}
+    by_row = [f.per_token if f.tokens else math.nan for f in found]
+    return scores, {"loss": by_row, "tokens": [float(f.tokens) for f in found]}
 
 
 def _mean(name: str, values: Sequence[float]) -> Score:

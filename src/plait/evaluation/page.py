@@ -37,6 +37,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 th { font-weight: 600; color: var(--soft); } .n { text-align: right; white-space: nowrap; }
+.wrap td { overflow-wrap: anywhere; min-width: 9em; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; display: block; }
 .side { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start; }
 pre { font: .85rem/1.5 ui-monospace, monospace; background: var(--panel); padding: .7rem 1rem;
@@ -45,12 +46,12 @@ summary { cursor: pointer; color: var(--soft); }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-Tone = Literal["", "good", "bad", "warn", "lead", "note", "number"]
+Tone = Literal["", "good", "bad", "warn", "lead", "note"]
 
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph. `tone` colours it, or makes it a lead or a note; `number` is for cells."""
+    """A paragraph. `tone` colours it, or makes it a lead or a note."""
 
     text: str
     tone: Tone = ""
@@ -75,15 +76,18 @@ class Cell:
 
     value: Any
     tone: Tone = ""
+    number: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells: text, numbers (set to the right), None (a dash) or `Cell`s."""
+    """Rows of cells: text, numbers (set to the right), None (a dash) or `Cell`s. `wrap` breaks
+    long words too, for cells that hold whatever a model wrote."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
+    wrap: bool = False
 
     def html(self) -> str:
         right = [any(_is_number(r[i]) for r in self.rows) for i in range(len(self.columns))]
@@ -93,7 +97,8 @@ class Table:
             for row in self.rows
         )
         caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
-        return f"<div class=wide><table>{caption}<tr>{head}</tr>{body}</table></div>"
+        start = f"<table{_class('wrap' if self.wrap else '')}>"
+        return f"<div class=wide>{start}{caption}<tr>{head}</tr>{body}</table></div>"
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ def _class(*names: str) -> str:
 
 
 def _cell(tag: str, value: Any, right: bool) -> str:
-    tone = value.tone if isinstance(value, Cell) and value.tone != "number" else ""
+    tone = value.tone if isinstance(value, Cell) else ""
     value = _value(value)
     text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return f"<{tag}{_class(tone, 'n' if right else '')}>{escape(text)}</{tag}>"
@@ -202,5 +207,5 @@ def _value(cell: Any) -> Any:
 
 def _is_number(cell: Any) -> bool:
     if isinstance(cell, Cell):
-        return cell.tone == "number" or _is_number(cell.value)
+        return cell.number or _is_number(cell.value)
     return isinstance(cell, int | float) and not isinstance(cell, bool)

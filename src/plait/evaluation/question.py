@@ -33,6 +33,12 @@ class Question:
         """The index of the right choice."""
         return self.choices.index(self.answer)
 
+    @property
+    def asked(self) -> str:
+        """What is asked, for people to read: the prompt, or the turn before the answer."""
+        turns = [m.content for m in self.example.messages[:-1]] or [self.example.prompt]
+        return turns[-1] or ""
+
     def answered(self, answer: str) -> Example:
         """The example with another answer."""
         if self.example.kind == "completion":

@@ -51,6 +51,8 @@ class Evaluation:
     results: list[Result]
     examples: int
     settings: dict[str, Any]
+    questions: list[dict[str, str]] = field(default_factory=list)
+    """What was asked and wanted ("question", "answer"), row by row as the predictions are."""
 
     def __getitem__(self, label: str) -> Result:
         from plait.errors import unknown

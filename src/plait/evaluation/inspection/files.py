@@ -156,7 +156,7 @@ def _trained(report: AdapterReport) -> str:
 
 def _typed(row: list[str]) -> list[Any]:
     """Numbers stand on the right, whatever they are written with."""
-    return [row[0], *(Cell(cell, "number") for cell in row[1:])]
+    return [row[0], *(Cell(cell, number=True) for cell in row[1:])]
 
 
 def _picture(name: str, data: bytes) -> Picture:
