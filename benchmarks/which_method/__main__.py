@@ -65,6 +65,7 @@ def run_task(name: str, meter: Meter, smoke: bool, methods: Sequence[str]) -> No
         steps=5 if smoke else task.recipe.steps,
         trials=length.trials,
         seeds=length.seeds,
+        budget=length.budget,
         grid=smoke,
         progress=meter,
     )

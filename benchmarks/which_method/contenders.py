@@ -18,10 +18,11 @@ ALWAYS = ("lora",)
 
 @dataclass(frozen=True)
 class Length:
-    """Trials of one task: learning rates and seeds a method."""
+    """Trials of one task: learning rates and seeds a method, in so much wall time at most."""
 
     trials: int
     seeds: int
+    budget: str | None = None
 
 
 LENGTHS = {
@@ -29,7 +30,7 @@ LENGTHS = {
     "intent": Length(5, 3),
     "sentiment": Length(5, 3),
     "language": Length(5, 3),
-    "home": Length(4, 3),
+    "home": Length(4, 3, "45m"),
 }
 FINALISTS = 5
 """Methods that go on to the language model: those of the best mean rank before."""

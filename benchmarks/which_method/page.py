@@ -40,7 +40,8 @@ def summary(found: Comparison, threads: int) -> Outcome:
         )
     facts = {"task": found.task, "rows": rows, "base": found.base_score, "advice": found.advice}
     made = {"date": date.today().isoformat(), "machine": machine(threads)}
-    plan = {k: found.planned[k] for k in ("steps", "trials", "seeds")}
+    plan = {k: found.planned[k] for k in ("steps", "trials", "seeds", "budget")}
+    plan["seconds"] = found.spent["seconds"]
     tied = [] if found.verdict is None else found.verdict.tied
     return finite({**facts, **made, "plan": plan, "winner": found.winner, "tied": tied})
 
@@ -122,6 +123,9 @@ def _ratio(outcome: Outcome, label: str) -> float | None:
 def _task(outcome: Outcome) -> list[str]:
     task, plan = outcome["task"], outcome["plan"]
     steps, metric = sorted(set(plan["steps"].values())), task["metric"]
+    time = ""
+    if plan.get("budget") is not None:
+        time = f" Took {plan['seconds'] / 60:.1f} minutes of a budget of {plan['budget'] / 60:g}."
     lines = [
         f"## {task['title'][:1].upper() + task['title'][1:]}",
         "",
@@ -129,7 +133,7 @@ def _task(outcome: Outcome) -> list[str]:
         "",
         f"{metric[:1].upper() + metric[1:]} on {task['test_examples']} test examples; "
         f"{steps[0]} steps, {plan['trials']} learning rates, {plan['seeds']} seeds; base alone "
-        f"{outcome['base']:.3g}. {outcome['date']}, {outcome['machine']}.",
+        f"{outcome['base']:.3g}.{time} {outcome['date']}, {outcome['machine']}.",
         "",
         f"| method | {metric} | against the leader | behind by | lr | parameters | ms/step |",
         "| --- | --- | --- | --- | --- | --- | --- |",

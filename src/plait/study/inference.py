@@ -6,10 +6,11 @@ out. Two things would differ in another experiment, the seeds and the examples:
 
     draw = mean + t * spread of seed means / sqrt(seeds) + bootstrap of the examples' effects
 
-with t from Student's distribution of seeds - 1 degrees of freedom: resampling three seeds would
-understate their spread twofold. The sum counts the noise of single cells twice, so that intervals
-err on the wide side. Of all pairwise p-values Holm's correction is taken: the leader is
-chosen after the scores are known. With one seed nothing can be decided, and nothing is.
+with t from Student's distribution: resampling three seeds would understate their spread twofold.
+The spread is that pair's own, steadied by the other pairs' (`spread`). The sum counts the noise of
+single cells twice, so that intervals err on the wide side. Of all pairwise p-values Holm's
+correction is taken: the leader is chosen after the scores are known. With one seed nothing can be
+decided, and nothing is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from plait.study.spread import steady
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 DRAWS = 20_000
@@ -75,18 +78,30 @@ class Verdict:
         return next((d for d in self.differences if (d.a, d.b) == (self.leader, name)), None)
 
 
-def draws(scores: Any, count: int = DRAWS, seed: int = 0) -> Array:
-    """Plausible values of the mean of `scores` [seeds, examples]; NaN from a single seed."""
+@dataclass(frozen=True)
+class Scatter:
+    """The variance of a seed's mean score, and the degrees of freedom that it was found with."""
+
+    variance: float
+    freedom: float
+
+
+def draws(scores: Any, count: int = DRAWS, seed: int = 0, scatter: Scatter | None = None) -> Array:
+    """Plausible values of the mean of `scores` [seeds, examples]; NaN from a single seed.
+
+    `scatter` None is that of these seeds alone.
+    """
     table = np.asarray(scores, dtype=np.float64)
     seeds, examples = table.shape
     random = np.random.default_rng(seed)
     if seeds < 2:
         return np.full(count, np.nan)
-    spread = table.mean(1).std(ddof=1) / math.sqrt(seeds)
+    scatter = scatter or Scatter(_variance(table), seeds - 1)
+    spread = math.sqrt(scatter.variance / seeds)
     effects = table.mean(0) - table.mean()
     # A sample of n spreads by (n - 1) / n less than what it was drawn from.
     effects = effects * math.sqrt(examples / max(1, examples - 1))
-    found = table.mean() + spread * random.standard_t(seeds - 1, count)
+    found = table.mean() + spread * random.standard_t(scatter.freedom, count)
     block = max(1, 2_000_000 // examples)  # draws x examples may not fit
     for start in range(0, count, block):
         size = min(block, count - start)
@@ -95,9 +110,36 @@ def draws(scores: Any, count: int = DRAWS, seed: int = 0) -> Array:
     return found
 
 
-def interval(scores: Any, seed: int = 0) -> Interval:
+def scatters(tables: Sequence[Array], contenders: int) -> list[Scatter | None]:
+    """Of each of several tables of one shape that so many contenders made, steadied by the others;
+    None from a single seed."""
+    seeds = len(tables[0]) if tables else 0
+    if seeds < 2:
+        return [None] * len(tables)
+    known = [_variance(table) for table in tables]
+    variances, freedom = steady(known, seeds - 1, (contenders - 2) * (seeds - 1))
+    return [Scatter(v, freedom) for v in variances]
+
+
+def intervals(scores: Mapping[str, Any]) -> dict[str, Interval]:
+    """Each method's mean with its 95 % interval; those of equally many seeds steady each other."""
+    tables = {name: np.asarray(s, dtype=np.float64) for name, s in scores.items()}
+    found: dict[str, Interval] = {}
+    for shape in {t.shape for t in tables.values()}:
+        alike = {name: t for name, t in tables.items() if t.shape == shape}
+        known = zip(alike.items(), scatters(list(alike.values()), len(alike)), strict=True)
+        found |= {name: interval(table, scatter=s) for (name, table), s in known}
+    return found
+
+
+def _variance(table: Array) -> float:
+    """Of the seeds' means."""
+    return float(table.mean(1).var(ddof=1))
+
+
+def interval(scores: Any, seed: int = 0, scatter: Scatter | None = None) -> Interval:
     """The mean of `scores` [seeds, examples] with its 95 % interval."""
-    found = draws(scores, seed=seed)
+    found = draws(scores, seed=seed, scatter=scatter)
     mean = float(np.mean(scores))
     low, high = np.percentile(found, [2.5, 97.5]) if len(scores) > 1 else (math.nan, math.nan)
     return Interval(mean, float(low), float(high))
@@ -124,7 +166,9 @@ def judge(scores: Mapping[str, Any], higher_is_better: bool = True) -> Verdict:
     means = {name: float(t.mean()) for name, t in tables.items()}
     order = sorted(means, key=lambda name: -sign * means[name])
     pairs = list(itertools.combinations(order, 2))
-    found = [_difference(sign * (tables[a] - tables[b])) for a, b in pairs]
+    gaps = [sign * (tables[a] - tables[b]) for a, b in pairs]
+    known = scatters(gaps, len(tables))
+    found = [_difference(gap, scatter) for gap, scatter in zip(gaps, known, strict=True)]
     adjusted = holm([p for _, p in found])
     differences = [
         Difference(a, b, inside, p, q)
@@ -136,10 +180,10 @@ def judge(scores: Mapping[str, Any], higher_is_better: bool = True) -> Verdict:
     return Verdict(order[0], winner, tied, means, differences)
 
 
-def _difference(table: Array) -> tuple[Interval, float]:
-    found = draws(table)
+def _difference(table: Array, scatter: Scatter | None) -> tuple[Interval, float]:
+    found = draws(table, scatter=scatter)
     if len(table) < 2:
         return Interval(float(table.mean()), math.nan, math.nan), 1.0
     # Counting the observation itself keeps p from being 0.
     tail = 1 + min((found <= 0).sum(), (found >= 0).sum())
-    return interval(table), float(min(1.0, 2 * tail / (len(found) + 1)))
+    return interval(table, scatter=scatter), float(min(1.0, 2 * tail / (len(found) + 1)))

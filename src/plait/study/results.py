@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from plait.study.inference import Interval, Verdict, interval, judge
+from plait.study.inference import Interval, Verdict, intervals, judge
 from plait.study.job import Record
 
 
@@ -130,11 +130,13 @@ def make_rows(
     problems: Mapping[str, str],
 ) -> list[Row]:
     """One row a contender, from its records; `facts` holds what its probe told."""
+    scores = intervals({n: [r["scores"] for r in records] for n, records in finals.items()})
     return [
         _row(
             c,
             tuned.get(c.label, ()),
             finals.get(c.label, ()),
+            scores.get(c.label),
             facts.get(c.label, {}),
             problems.get(c.label, ""),
         )
@@ -146,12 +148,12 @@ def _row(
     contender: Any,
     tuned: Sequence[Record],
     finals: Sequence[Record],
+    score: Interval | None,
     facts: Mapping[str, Any],
     problem: str,
 ) -> Row:
     best = best_trial(tuned)
     shown = list(finals) or ([best] if best else [])
-    scores = [r["scores"] for r in finals]
     rates = sorted(r["lr"] for r in tuned)
     starts, steps = (_middle(shown, key) for key in ("start_seconds", "step_seconds"))
     training = [r["start_seconds"] + r["seconds"][-1] for r in shown if r.get("seconds")]
@@ -159,7 +161,7 @@ def _row(
         label=contender.label,
         method=contender.method,
         options=dict(contender.options),
-        score=interval(scores) if scores else None,
+        score=score,
         loss=_mean([r["loss"] for r in shown]),
         lr=None if best is None else best["lr"],
         rates=[_rate(r) for r in sorted(tuned, key=lambda r: r["lr"])],
