@@ -30,7 +30,7 @@ LENGTHS = {
     "intent": Length(5, 3),
     "sentiment": Length(5, 3),
     "language": Length(5, 3),
-    "home": Length(4, 3, "40m"),
+    "home": Length(4, 3, "30m"),
 }
 FINALISTS = 5
 """Methods that go on to the language model: those of the best mean rank before."""
