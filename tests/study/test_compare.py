@@ -110,6 +110,38 @@ def test_optuna_and_pruning_replay_after_an_interruption(tmp_path: Path) -> None
     assert [r.score for r in again.rows] == [r.score for r in whole.rows]
 
 
+def test_what_was_finished_counts_however_late_it_is_by_now(tmp_path: Path) -> None:
+    """Killed in its finals, a bake-off has less time left than its rounds of tuning would leave."""
+    given = {"budget": 120, "seeds": 3, "trials": 3}
+    whole = hold(OneMustWin(), "lora,ia3", tmp_path / "a", **given)
+    plan, (final,) = (
+        tmp_path / "a" / "plan.json",
+        [f for f in (tmp_path / "a" / "trials").glob("final-*") if _is(f, "ia3", 3)],
+    )
+    final.unlink()  # the trial that was running
+    stored = json.loads(plan.read_text())
+    late = 120 - stored["plan"]["final_seconds"] / 2 - 4
+    plan.write_text(json.dumps(stored | {"spent": late}))
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "a" / "trials").glob("*.json")}
+    again = hold(OneMustWin(), "lora,ia3", tmp_path / "a", **given)
+    assert all(f.stat().st_mtime_ns == t for f, t in before.items())
+    assert len(trials(tmp_path / "a")) - len(before) <= 1
+    assert [r.rates for r in again.rows] == [r.rates for r in whole.rows]
+    assert again["lora"].seeds[:2] == whole["lora"].seeds[:2]
+
+
+def test_to_show_a_finished_one_again_takes_nothing_of_its_budget(tmp_path: Path) -> None:
+    whole = hold(OneMustWin(), "lora,ia3", tmp_path, budget=120)
+    again = hold(OneMustWin(), "lora,ia3", tmp_path, budget=120)
+    assert again.spent["seconds"] == pytest.approx(whole.spent["seconds"], abs=1.5)
+    assert [r.score for r in again.rows] == [r.score for r in whole.rows]
+
+
+def _is(file: Path, label: str, seed: int) -> bool:
+    record = json.loads(file.read_text())
+    return (record["label"], record["seed"]) == (label, seed)
+
+
 def test_another_bake_off_in_the_folder_is_refused(tmp_path: Path) -> None:
     hold(OneMustWin(), "lora", tmp_path, trials=1, seeds=2)
     with pytest.raises(PlaitError, match="another methods"):

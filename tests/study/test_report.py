@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 
 from plait.study.advice import advise
 from plait.study.contender import Contender
+from plait.study.inference import Interval
 from plait.study.plots import front
 from plait.study.report import write_report
 from plait.study.results import Comparison, make_rows, verdict_of
@@ -104,6 +106,28 @@ def test_the_cheapest_is_chosen_among_the_best_only() -> None:
     assert set(found.verdict.tied) == {"dora", "hra"}
     assert "dora and hra lie within noise" in found.advice.replace("between ", "")
     assert "Take the cheapest, dora" in found.advice and found.gap("lora") == "worse"
+
+
+def test_what_looks_worse_is_not_advised_for_being_cheap() -> None:
+    found = comparison({"lora": 0.0, "dora": 0.1, "hra": 0.1})
+    assert found.verdict is not None and found.verdict.leader == "dora"
+    verdict = found.verdict
+    unsure = [
+        dataclasses.replace(
+            d, adjusted=0.2, interval=Interval(0.1, 0.02 if d.b == "lora" else -0.1, 0.2)
+        )
+        for d in verdict.differences
+    ]
+    found.verdict = dataclasses.replace(
+        verdict, winner=None, tied=["dora", "hra", "lora"], differences=unsure
+    )
+    advice = advise(found)
+    assert "all methods lie within noise: no winner. lora looks worse all the same" in advice
+    assert "Take the cheapest, dora" in advice
+    found.verdict.differences[:] = [
+        dataclasses.replace(d, interval=Interval(0.1, 0.02, 0.2)) for d in unsure
+    ]
+    assert "lora and hra look worse" in advise(found) and "Take dora, which leads." in advise(found)
 
 
 def test_one_seed_is_not_enough_for_advice() -> None:

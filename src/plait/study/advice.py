@@ -58,7 +58,20 @@ def _choice(found: Comparison, scored: Sequence[Row], metric: str) -> str:
         )
     tied = [row for row in scored if row.label in verdict.tied]
     whole = "all methods" if len(tied) == len(scored) else _list([r.label for r in tied])
-    return f"Differences in {metric} between {whole} lie within noise: no winner. {_cheapest(tied)}"
+    said = f"Differences in {metric} between {whole} lie within noise: no winner."
+    doubtful = [row.label for row in tied if _looks_worse(found, row.label)]
+    if doubtful:
+        verb = "looks" if len(doubtful) == 1 else "look"
+        said += f" {_list(doubtful)} {verb} worse all the same, though not for certain."
+    return f"{said} {_cheapest([row for row in tied if row.label not in doubtful])}"
+
+
+def _looks_worse(found: Comparison, label: str) -> bool:
+    """Whether the pair by itself, without the correction for many, says worse than the leader:
+    too little for a verdict, too much to be advised to take it because it is cheap."""
+    assert found.verdict is not None
+    pair = found.verdict.against_leader(label)
+    return pair is not None and pair.interval.low > 0
 
 
 def _beside_base(found: Comparison) -> str:
@@ -81,6 +94,8 @@ def _second(found: Comparison) -> str:
 
 
 def _cheapest(tied: Sequence[Row]) -> str:
+    if len(tied) == 1:
+        return f"Take {tied[0].label}, which leads."
     fastest = min(tied, key=lambda r: r.train_seconds or math.inf)
     smallest = min(tied, key=lambda r: r.parameters or math.inf)
     quick = _below([r.train_seconds for r in tied], fastest.train_seconds)

@@ -71,6 +71,7 @@ class BakeOff:
         self.probes: dict[str, Record] = {}
         self.plan: Plan | None = None
         self.done, self.examples = 0, 0
+        self.ran = False
 
     def _settings(self) -> dict[str, Any]:
         recipe = self.task.recipe.replace(output="")
@@ -88,6 +89,10 @@ class BakeOff:
     def spent(self) -> float:
         """Seconds, those of interrupted runs before included."""
         return self.before + time.time() - self.started
+
+    def used(self) -> float:
+        """What the bake-off took: to show again what was finished costs nothing of it."""
+        return self.spent() if self.ran or not self.before else self.before
 
     def left(self) -> float:
         return self.rules.budget - self.spent()
@@ -191,8 +196,6 @@ class BakeOff:
         searches = {c.label: self._search(plan.trials) for c in contenders}
         deadline = self._until(plan.final_seconds + REPORT_SECONDS)
         for number in range(plan.trials):
-            if number and not self._fits(self._tune_cost(plan), deadline):
-                break
             jobs = [
                 replace(
                     self._job(c, "tune", searches[c.label].ask(), TUNING_SEED, plan.steps[c.label]),
@@ -201,6 +204,10 @@ class BakeOff:
                 )
                 for c in contenders
             ]
+            # A round that was finished before an interruption counts, however late it is by now.
+            missing = any(self.store.find(job) is None for job in jobs)
+            if number and missing and not self._fits(self._tune_cost(plan), deadline):
+                break
             records = list(self._run(jobs))
             if any(r["state"] == "stopped" for r in records):
                 break  # a round that not all have finished counts for nobody
@@ -313,6 +320,7 @@ class BakeOff:
                 self._count(known, "done before")
         for record in self.place.run([j for j in jobs if j.key not in found]):
             found[record["key"]] = record
+            self.ran = True
             self.store.keep(record)
             self._remember()
             self._count(record, record["state"])
@@ -332,7 +340,7 @@ class BakeOff:
 
     def _remember(self) -> None:
         plan = None if self.plan is None else self.plan.as_dict()
-        self.store.keep_plan({"spent": round(self.spent(), 2), "plan": plan})
+        self.store.keep_plan({"spent": round(self.used(), 2), "plan": plan})
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -361,7 +369,7 @@ class BakeOff:
         found.spent = self._spent_facts(found)
         found.report = write_report(self.folder / "report.html", found)
         self._remember()
-        found.spent["seconds"] = round(self.spent(), 1)
+        found.spent["seconds"] = round(self.used(), 1)
         self.store.write("comparison.json", found.as_dict())
         return found
 
@@ -369,7 +377,7 @@ class BakeOff:
         records = [r for rs in (*self.tuned.values(), *self.finals.values()) for r in rs]
         states = [r["state"] for rs in self.tuned.values() for r in rs]
         return {
-            "seconds": round(self.spent(), 1),
+            "seconds": round(self.used(), 1),
             "rounds of tuning": max((len(rs) for rs in self.tuned.values()), default=0),
             "pruned": states.count("pruned"),
             "diverged": states.count("diverged"),

@@ -79,10 +79,10 @@ def _together(text: str) -> str:
 def _how() -> Text:
     return Text(
         "Intervals cover what other seeds and other test examples would have given (Student's t "
-        "over seeds, bootstrap over examples). Methods are compared pair by pair on the same seeds "
-        "and examples, so two methods may differ though their own intervals overlap. “Worse” means "
-        "that the difference stands after Holm's correction for all pairs; else it is within "
-        "noise.",
+        "over seeds, each method's scatter steadied by the others'; bootstrap over examples). "
+        "Methods are compared pair by pair on the same seeds and examples, so two methods may "
+        "differ though their own intervals overlap. “Worse” means that the difference stands after "
+        "Holm's correction for all pairs; else it is within noise.",
         "note",
     )
 
