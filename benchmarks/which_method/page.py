@@ -87,7 +87,9 @@ def _page(outcomes: Sequence[Outcome]) -> list[str]:
         "parameters (as nearly as the formulas allow) and seeds for every method, the learning "
         "rate tuned for each on validation data, scores on test data by seeds that tuned nothing. "
         "“First” are the leader and all that differ from it within noise (paired seeds and "
-        "examples, 95 %, Holm's correction over all pairs).",
+        "examples, 95 %, Holm's correction over all pairs). How far seeds scatter was first judged "
+        "pair by pair; after digits and intent had been looked at, it was steadied by all pairs "
+        "(`study/spread.py`) for every task. Times are of a machine that did other work too.",
         "",
         "![Scores of every method on every task](which-method.png)",
         "",
