@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from plait.evaluation.figures import new_figure
 from plait.study.results import Comparison
 from plait.study.store import finite
 
@@ -162,10 +163,8 @@ def _interval(values: Sequence[float | None] | None) -> str:
 
 def draw(outcomes: Sequence[Outcome], file: Path) -> None:
     """One panel a task: scores with intervals, those within noise of the leader in colour."""
-    from matplotlib.figure import Figure
-
     most = max(len(o["rows"]) for o in outcomes)
-    figure = Figure(figsize=(3.1 * len(outcomes), 1 + 0.27 * most), layout="constrained")
+    figure = new_figure(3.1 * len(outcomes), 1 + 0.27 * most)
     panels = figure.subplots(1, len(outcomes), squeeze=False)[0]
     for axes, outcome in zip(panels, outcomes, strict=True):
         rows = [r for r in outcome["rows"] if r["score"] is not None][::-1]

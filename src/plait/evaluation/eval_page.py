@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from plait.adapter.formats.atomic import text_writer, write_file
 from plait.evaluation.calibration import reliability_plot
 from plait.evaluation.faithfulness import Faithfulness
 from plait.evaluation.forgetting import Change
@@ -56,8 +57,8 @@ def write_evaluation(
         "forgetting": [{**asdict(c), "worse": c.worse} for c in changes],
         "faithfulness": [asdict(each) for each in reasoning],
     }
-    numbers = target / "report.json"
-    numbers.write_text(json.dumps(finite(facts), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(finite(facts), indent=2, ensure_ascii=False) + "\n"
+    numbers = write_file(target / "report.json", text_writer(text))
     lead = f"{found.examples} examples; brackets hold 95 % intervals."
     return [write_page(target / "report.html", title, parts, lead), numbers, *plots.values()]
 

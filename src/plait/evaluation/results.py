@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plait.adapter.formats.atomic import text_writer, write_file
+
 
 @dataclass(frozen=True)
 class Score:
@@ -71,10 +73,7 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the JSON; the folder is made where it is missing."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(self.to_json() + "\n", encoding="utf-8")
-        return target
+        return write_file(Path(path), text_writer(self.to_json() + "\n"))
 
     def table(self) -> Any:
         """A rich table: one row an adapter, one column a metric."""

@@ -205,8 +205,7 @@ class BakeOff:
                 for c in contenders
             ]
             # A round that was finished before an interruption counts, however late it is by now.
-            missing = any(self.store.find(job) is None for job in jobs)
-            if number and missing and not self._fits(self._tune_cost(plan), deadline):
+            if number and self._missing(jobs) and not self._fits(self._tune_cost(plan), deadline):
                 break
             records = list(self._run(jobs))
             if any(r["state"] == "stopped" for r in records):
@@ -261,7 +260,7 @@ class BakeOff:
         cost = self._final_cost(contenders, plan)
         for seed in range(1, most + 1):
             jobs = [self._final_job(c, plan, seed, deadline) for c in contenders]
-            missing = [job for job in jobs if self.store.find(job) is None]
+            missing = self._missing(jobs)
             # The first round may be tight; each further one must fit by what the last one took.
             if missing and not self._fits(cost if seed > 1 else cost / 2, deadline):
                 break
@@ -310,6 +309,10 @@ class BakeOff:
     def _job(self, contender: Contender, kind: Kind, lr: float, seed: int, steps: int) -> Job:
         recipe = contender.recipe(self.task.recipe, lr=lr, seed=seed, steps=steps, output="")
         return Job(contender.label, recipe, kind)
+
+    def _missing(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those that no run before this one has finished."""
+        return [job for job in jobs if self.store.find(job) is None]
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[Record]:
         """Records in the order of the jobs: from the folder, or run now."""

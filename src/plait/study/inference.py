@@ -139,10 +139,13 @@ def _variance(table: Array) -> float:
 
 def interval(scores: Any, seed: int = 0, scatter: Scatter | None = None) -> Interval:
     """The mean of `scores` [seeds, examples] with its 95 % interval."""
-    found = draws(scores, seed=seed, scatter=scatter)
-    mean = float(np.mean(scores))
+    return _bounds(scores, draws(scores, seed=seed, scatter=scatter))
+
+
+def _bounds(scores: Any, found: Array) -> Interval:
+    """The mean of `scores`, between the outermost of its plausible values."""
     low, high = np.percentile(found, [2.5, 97.5]) if len(scores) > 1 else (math.nan, math.nan)
-    return Interval(mean, float(low), float(high))
+    return Interval(float(np.mean(scores)), float(low), float(high))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -186,4 +189,4 @@ def _difference(table: Array, scatter: Scatter | None) -> tuple[Interval, float]
         return Interval(float(table.mean()), math.nan, math.nan), 1.0
     # Counting the observation itself keeps p from being 0.
     tail = 1 + min((found <= 0).sum(), (found >= 0).sum())
-    return interval(table, scatter=scatter), float(min(1.0, 2 * tail / (len(found) + 1)))
+    return _bounds(table, found), float(min(1.0, 2 * tail / (len(found) + 1)))

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from plait.adapter.formats.atomic import text_writer, write_file
 from plait.evaluation.inspection import tables
 from plait.evaluation.inspection.inspecting import Inspection
 from plait.evaluation.inspection.plots import adapter_figures, pair_figures
@@ -59,7 +60,7 @@ def write_inspection(inspection: Inspection, folder: str | os.PathLike[str]) -> 
             written.append(target / f"{prefix}{name}.png")
             written[-1].write_bytes(data)
     numbers = target / "report.json"
-    numbers.write_text(inspection.to_json() + "\n", encoding="utf-8")
+    write_file(numbers, text_writer(inspection.to_json() + "\n"))
     html = write_page(target / "report.html", _title(inspection), _parts(inspection, pictures))
     return [html, numbers, *written]
 
